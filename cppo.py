@@ -1,0 +1,1012 @@
+"""CPPO: train a reasoning model by reinforcement learning; pay only for completions that teach.
+
+Completion Pruning Policy Optimization (Lin, Lin, Xie, Ji, arXiv 2503.22342) is GRPO that throws
+most completions away before the expensive part. One step, in the order of this file:
+
+    questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| -> refill
+    from new questions -> log-probabilities (policy, reference) -> loss -> mu optimizer steps
+
+The equations, each again beside the line that computes it:
+
+    (1)  A_i  = (r_i - mean(r)) / (std(r) + 1e-4), over the G completions of one question
+    (2)  I    = the k = floor(G (1 - P)) indices with the largest |A_i| of that question
+    (3)  rho  = pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
+    (4)  KL_t = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1
+    (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
+                                                  - beta KL_t }
+
+Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. Unlike the authors' code:
+pruning is per question (theirs ranks a whole batch, where a question can lose everything), k is
+never 0, (5) averages over tokens and then over completions, as the paper writes it, and N counts
+the completions of all ranks, so nothing depends on how rows fall into micro-batches or ranks.
+
+Letters of shapes; rows are question-major everywhere: repeat_interleave in, view(Q, G) out.
+
+    Q questions                 N trained completions (rows)     T = L + C tokens of a row
+    G completions a question    L prompt tokens                  V vocabulary
+    K kept a question           C completion tokens              R rows still being sampled
+
+    python cppo.py                            two-digit additions on a laptop
+    python cppo.py --pruning_rate 0           the same with GRPO
+    torchrun --nproc_per_node 8 cppo.py       GSM8K with Qwen2.5-1.5B-Instruct on 8 GPUs
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line on stderr says how, and the exit status is 2."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split())[:400])
+
+
+# --- Configuration: one field is one flag ---------------------------------------------------------
+TASK_DEFAULTS = {  # what a flag that is left unset means
+    "arithmetic": {
+        "steps": 30, "max_prompt_tokens": 16, "max_completion_tokens": 32,
+        "learning_rate": 2e-4, "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
+    },
+    "gsm8k": {
+        "model": "Qwen/Qwen2.5-1.5B-Instruct",
+        "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
+        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
+        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
+    },
+}  # fmt: skip
+
+
+def flag(default, text: str, interval: str = ""):
+    """A dataclass field that HfArgumentParser turns into a flag; numbers lie in an interval."""
+    text += "" if default is None else f" (default: {default})"
+    metadata = {"help": text.replace("%", "%%")} | ({"metavar": interval} if interval else {})
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Config:
+    """All settings of a run. Fills in the task's defaults and checks itself; raises UserError."""
+
+    task: Literal["auto", "arithmetic", "gsm8k"] = flag(
+        "auto", "auto is gsm8k with CUDA or with data files, else arithmetic"
+    )
+    model: str | None = flag(None, "hub name or folder of a causal language model")
+    train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub name")
+    test_data: str | None = flag(None, "likewise, to evaluate on")
+    output_dir: str | None = flag(None, "folder to write to (default: runs/TASK)")
+    steps: int | None = flag(None, "training steps (default: one epoch)", "[0, inf)")
+    batch_size: int = flag(128, "N: completions trained per step, over all ranks", "[1, inf)")
+    group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
+    pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
+    gamma: float = flag(0.0, "of the k, only |A| >= gamma stay", "[0, inf)")
+    prune_by: Literal["abs_advantage", "advantage", "random", "smallest"] = flag(
+        "abs_advantage", "keep the largest |A|, the largest A, any, or the smallest |A|"
+    )
+    refill: bool = flag(True, "fill the room that pruning frees from new questions")
+    max_refill_rounds: int = flag(4, "rounds of sampling a step, if gamma leaves room", "[1, inf)")
+    num_iterations: int = flag(2, "mu: optimizer steps on each batch", "[1, inf)")
+    clip_eps: float = flag(0.2, "eps: the ratio is clipped to [1 - eps, 1 + eps]", "(0, 1)")
+    beta: float = flag(0.04, "beta: weight of the KL term", "[0, inf)")
+    learning_rate: float | None = flag(None, "peak of AdamW's cosine schedule", "(0, inf)")
+    warmup_ratio: float = flag(0.1, "share of the steps in which it rises", "[0, 1]")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "(0, inf)")
+    temperature: float = flag(1.0, "of sampling, and of every log-probability", "(0, inf)")
+    max_prompt_tokens: int | None = flag(None, "L: longer prompts are left out", "[1, inf)")
+    max_completion_tokens: int | None = flag(None, "C: longer completions are cut", "[1, inf)")
+    tokens_per_microbatch: int = flag(8192, "N x T of one forward pass at most", "[1, inf)")
+    sample_batch: int = flag(1024, "completions sampled at once at most", "[2, inf)")
+    warm_start_steps: int | None = flag(None, "supervised steps before CPPO", "[0, inf)")
+    warm_start_batch_size: int = flag(32, "demonstrations a step, over all ranks", "[1, inf)")
+    warm_start_learning_rate: float | None = flag(None, "peak of their schedule", "(0, inf)")
+    eval_questions: int | None = flag(None, "only the first so many (default: all)", "[0, inf)")
+    seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483647]")
+
+    def __post_init__(self):
+        data = self.train_data or self.test_data
+        self.task_reason = "--task says"
+        if self.task == "auto":
+            cuda = "CUDA is here" if torch.cuda.is_available() else "CUDA is not here"
+            self.task_reason = "data files were given" if data else cuda
+            self.task = "gsm8k" if data or torch.cuda.is_available() else "arithmetic"
+        if self.task == "arithmetic" and data:
+            raise UserError("--task arithmetic makes its own questions: drop the data files")
+        for name, value in {"output_dir": f"runs/{self.task}", **TASK_DEFAULTS[self.task]}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for flag in dataclasses.fields(self):
+            name, interval, value = (
+                flag.name,
+                flag.metadata.get("metavar"),
+                getattr(self, flag.name),
+            )
+            if interval and value is not None:
+                low, high = map(float, interval[1:-1].split(","))
+                above = value >= low if interval[0] == "[" else value > low
+                below = value <= high if interval[-1] == "]" else value < high
+                if not (above and below):
+                    raise UserError(f"--{name} must be in {interval}, not {value}")
+        if self.sample_batch < self.group_size:
+            raise UserError(f"--sample_batch must be at least --group_size, {self.group_size}")
+
+    @property
+    def num_kept(self) -> int:
+        """k = floor(G (1 - P)), at least 1 (eq. 2). 1e-9: G = 20, P = 0.8 is 3.9999 in floats."""
+        return max(1, math.floor(self.group_size * (1 - self.pruning_rate) + 1e-9))
+
+    def room(self, world_size: int) -> int:
+        """Completions that one rank trains in a step: its share of N."""
+        unit = world_size if self.refill else world_size * self.group_size
+        if self.batch_size % unit or self.warm_start_batch_size % world_size:
+            name = "batch_size" if self.batch_size % unit else "warm_start_batch_size"
+            parts = f"{world_size} ranks" + (" x --group_size" if unit > world_size else "")
+            raise UserError(f"--{name} {getattr(self, name)} must be divisible by {parts}")
+        return self.batch_size // world_size
+
+    def questions_for(self, room: int) -> int:
+        """Q: questions that fill the room with k completions each; without refill, with G each."""
+        return math.ceil(room / self.num_kept) if self.refill else room // self.group_size
+
+
+# --- Questions ------------------------------------------------------------------------------------
+@dataclass
+class Question:
+    """One task. The prompt is plain text, or messages for the tokenizer's chat template."""
+
+    prompt: str | list[dict]
+    answer: str
+    demonstration: str = ""  # a completion to imitate in the warm start
+    prompt_ids: list[int] = field(default_factory=list)  # L tokens, from encode_prompts
+
+
+def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
+    """(train, test) of the configured task."""
+    if config.task == "arithmetic":
+        return arithmetic_questions()
+    return gsm8k_questions(config.train_data, "train"), gsm8k_questions(config.test_data, "test")
+
+
+def arithmetic_questions(num_train=2560, num_test=512) -> tuple[list[Question], list[Question]]:
+    """Sums like `37+58=`. No test sum is a training sum, not even turned round.
+
+    The demonstrations' teacher adds digit by digit and forgets to carry 7 times out of 10. A model
+    that imitates it gets about the sums without a carry right; CPPO has to find the rest.
+    """
+    rng = random.Random(0)  # the same sums for every seed
+    sums = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    rng.shuffle(sums)
+
+    def question(a: int, b: int) -> Question:
+        units = a % 10 + b % 10
+        carry = units >= 10 and rng.random() < 0.3
+        tens = a // 10 + b // 10
+        think = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}"
+        think += f"+1={tens + 1}" * carry
+        demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
+        return Question(f"{a}+{b}=", str(a + b), demonstration)
+
+    both = [question(*pair) for a, b in sums for pair in dict.fromkeys([(a, b), (b, a)])]
+    # One is skipped in between: it may be the last test sum turned round.
+    return both[num_test + 1 : num_test + 1 + num_train], both[:num_test]
+
+
+GSM8K_SYSTEM_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
+    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think>\n"
+    "<answer> answer here </answer>."
+)
+
+
+def gsm8k_questions(source: str, split: str) -> list[Question]:
+    """Questions of a table whose `answer` is GSM8K's `solution #### 72`, or bare."""
+    questions = []
+    for row in load_table(source, split, ("question", "answer")):
+        solution, _, answer = (part.strip() for part in row["answer"].rpartition("####"))
+        solution = re.sub(r"<<[^<>\n]*>>", "", solution)  # calculator marks: 48/2 = <<48/2=24>>24
+        demonstration = f"<think>{solution}</think>\n<answer>{answer}</answer>"
+        system = {"role": "system", "content": GSM8K_SYSTEM_PROMPT}
+        user = {"role": "user", "content": row["question"]}
+        questions.append(Question([system, user], answer, demonstration))
+    return questions
+
+
+def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The columns, as text, of a file or of a data set on the hub; raises UserError."""
+    import datasets  # here only: a second that the arithmetic task need not wait
+
+    datasets.disable_progress_bars()
+    kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+    try:
+        if kind := kinds.get(Path(source).suffix):
+            table = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            subset = "main" if source == "openai/gsm8k" else None
+            table = datasets.load_dataset(source, subset, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--{split}_data {source} cannot be loaded: {error}") from error
+    if missing := set(columns) - set(table.column_names):
+        raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
+    rows = [{column: str(row[column] or "").strip() for column in columns} for row in table]
+    bad = next((i for i, row in enumerate(rows, 1) if not all(row.values())), None)
+    if bad or not rows:
+        what = f"row {bad} lacks one of {columns}" if bad else "there are no rows"
+        raise UserError(f"--{split}_data {source}: {what}")
+    return rows
+
+
+def encode_prompts(questions: list[Question], tokenizer, max_prompt_tokens: int) -> list[Question]:
+    """Fills in `prompt_ids`, messages through the chat template; leaves too long prompts out."""
+    for question in questions:
+        text = question.prompt
+        if not isinstance(text, str) and tokenizer.chat_template:
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        elif not isinstance(text, str):
+            text = "".join(message["content"] + "\n\n" for message in text)
+        question.prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+    return [q for q in questions if len(q.prompt_ids) <= max_prompt_tokens]
+
+
+def question_stream(
+    questions: list[Question], seed: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Question]:
+    """One rank's endless share of the questions.
+
+    Every epoch is shuffled and dealt out to the ranks like cards, so no question comes twice in it.
+    """
+    for epoch in itertools.count():
+        shuffle = torch.Generator().manual_seed(seed + epoch)
+        order = torch.randperm(len(questions), generator=shuffle).tolist()
+        yield from (questions[i] for i in order[rank::world_size])
+
+
+# --- Models ---------------------------------------------------------------------------------------
+def tiny_model_and_tokenizer():
+    """A random Qwen2 of 0.45M parameters and a tokenizer of characters; each tag is one token."""
+    words = ["<pad>", "<eos>", "<think>", "</think>", "<answer>", "</answer>", *"\n +=0123456789"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()  # no spaces between tokens
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+    shape = transformers.Qwen2Config(
+        vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=True, initializer_range=0.1,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    return transformers.Qwen2ForCausalLM(shape), tokenizer
+
+
+def load_model_and_tokenizer(name: str | None):
+    """The policy, in float32, and its tokenizer, from a folder or the hub; None is the tiny one."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if name is None:
+            model, tokenizer = tiny_model_and_tokenizer()
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {name} cannot be loaded: {error}") from error
+    if not eos_token_ids(model, tokenizer):
+        raise UserError(f"--model {name} has no EOS token: its completions would never end")
+    return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:
+    """All tokens that end a completion; chat models have several."""
+    ids = model.generation_config.eos_token_id
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+def draw_tokens(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, V) logits -> next tokens (R,) and their log-probabilities (R,); temperature 0: greedy."""
+    if temperature == 0:
+        return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)  # log 1 = 0
+    log_probs = F.log_softmax(logits.float() / temperature, dim=-1)  # (R, V)
+    # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
+    cdf = log_probs.exp().cumsum(-1)  # (R, V); the last column is 1 but for rounding
+    threshold = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]  # (R, 1)
+    tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
+    return tokens[:, 0], log_probs.gather(1, tokens)[:, 0]
+
+
+@torch.no_grad()
+def sample_together(
+    model, prompts: list[list[int]], group_size: int, max_tokens: int, temperature: float, eos_ids
+) -> list[tuple[list[int], list[float]]]:
+    """What sample_completions does, for as many prompts as fit in memory at once."""
+    # Prompts are padded on the left: all end in the last column, where the completions begin.
+    L = max(map(len, prompts))
+    padded = [[0] * (L - len(p)) + p for p in prompts]
+    input_ids = torch.tensor(padded, device=model.device)  # (Q, L)
+    length = torch.tensor([[len(p)] for p in prompts], device=model.device)  # (Q, 1)
+    mask = (torch.arange(L, device=model.device) >= L - length).long()  # (Q, L)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # (Q, L); a prompt begins at 0, wherever it is
+    out = model(
+        input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    # Each prompt has been read once; from here on a row is a completion, and R starts at Q G.
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)  # (R, V)
+    mask = mask.repeat_interleave(group_size, dim=0)  # (R, L), then one column more per token
+    positions = positions[:, -1:].repeat_interleave(group_size, dim=0)  # (R, 1)
+    row = torch.arange(len(mask), device=model.device)  # (R,) where in `tokens` a live row writes
+    done = torch.zeros_like(row, dtype=torch.bool)  # (R,)
+    eos = torch.tensor(eos_ids, device=model.device)
+    tokens = torch.zeros(len(row), max_tokens, dtype=torch.long, device=model.device)  # (Q G, C)
+    log_probs = torch.zeros(tokens.shape, device=model.device)  # (Q G, C)
+    for t in range(max_tokens):
+        new, log_probs[row, t] = draw_tokens(logits, temperature)
+        tokens[row, t] = new
+        done |= torch.isin(new, eos)
+        num_done = int(done.sum())
+        if num_done == len(row) or t + 1 == max_tokens:
+            break
+        if 4 * num_done >= len(row):  # they leave by quarters, since leaving copies the cache
+            live = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(live)
+            row, done, new, mask, positions = (x[live] for x in (row, done, new, mask, positions))
+        mask = F.pad(mask, (0, 1), value=1)
+        positions = positions + 1
+        logits = model(
+            input_ids=new[:, None], attention_mask=mask, position_ids=positions,
+            past_key_values=cache, use_cache=True,
+        ).logits[:, -1]  # (R, V)  # fmt: skip
+    # What a finished row wrote before it left is cut off behind its first EOS. The EOS stays.
+    is_eos = torch.isin(tokens, eos)  # (Q G, C)
+    lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_tokens).tolist()  # (Q G,)
+    rows = zip(tokens.tolist(), log_probs.tolist(), lengths, strict=True)
+    return [(ids[:length], lps[:length]) for ids, lps, length in rows]
+
+
+def sample_completions(
+    model, prompts: list[list[int]], group_size: int, max_tokens: int, temperature: float,
+    eos_ids: list[int], sample_batch: int = 1024,
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+    """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
+
+    A completion is (tokens, their log-probabilities). Its last token is an EOS, unless it was cut
+    at `max_tokens`. Temperature 0 is greedy. `sample_batch` rows are in memory at once.
+    """
+    order = sorted(range(len(prompts)), key=lambda q: len(prompts[q]))  # like lengths together
+    per_call = max(1, sample_batch // group_size)
+    groups: dict[int, list] = {}
+    for start in range(0, len(order), per_call):
+        some = order[start : start + per_call]
+        rows = sample_together(
+            model, [prompts[q] for q in some], group_size, max_tokens, temperature, eos_ids
+        )
+        groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
+    return [completion for q in range(len(prompts)) for completion in groups[q]]
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# -$1,234.50 or 50%. The ways to match do not overlap, so the time is linear in the text.
+NUMBER = re.compile(
+    r"([+-]?)\$?([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
+)
+
+
+def extract_answer(text: str) -> str | None:
+    """What the last <answer>...</answer> holds, stripped; None if there is none."""
+    before, closing, _ = text.rpartition("</answer>")
+    _, opening, answer = before.rpartition("<answer>")
+    return answer.strip() if opening and closing else None
+
+
+def format_reward(text: str) -> float:
+    """1 for `<think>...</think>\\n<answer>...</answer>`, each tag once, nothing around; else 0."""
+    in_order = text.startswith("<think>") and text.endswith("</answer>")
+    joined = "</think>\n<answer>" in text
+    return float(in_order and joined and all(text.count(tag) == 1 for tag in TAGS))
+
+
+def parse_number(text: str) -> Decimal | None:
+    """The exact value of a number with sign, commas, decimals, $, % or full stop; else None."""
+    match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
+    if not match or (match[1] and match[2]):
+        return None
+    return Decimal(match[1] + match[2] + match[3].replace(",", ""))
+
+
+def accuracy_reward(text: str, answer: str) -> float:
+    """2 if the text's answer is the right one to the letter, 1.5 if only as a number, else 0."""
+    given = extract_answer(text)
+    if not given:
+        return 0.0  # no answer is never right
+    if given == answer:
+        return 2.0
+    number = parse_number(given)
+    return 1.5 if number is not None and number == parse_number(answer) else 0.0
+
+
+# --- Advantages and pruning -----------------------------------------------------------------------
+def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
+    """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G)."""
+    mean = rewards_QG.mean(dim=1, keepdim=True)  # (Q, 1)
+    std = rewards_QG.std(dim=1, keepdim=True)  # (Q, 1), over G - 1
+    return (rewards_QG - mean) / (std + 1e-4)
+
+
+def prune(
+    advantages_QG: torch.Tensor, num_kept: int, gamma: float = 0.0, by: str = "abs_advantage"
+) -> torch.Tensor:
+    """True for the completions to train on (eq. 2): (Q, G) bool.
+
+    Of each question, the k that are best by `by`, ties to the lowest index, if |A| >= gamma.
+    """
+    score = {
+        "abs_advantage": advantages_QG.abs(),
+        "advantage": advantages_QG,
+        "random": torch.rand_like(advantages_QG),
+        "smallest": -advantages_QG.abs(),
+    }[by]
+    order = score.sort(dim=1, descending=True, stable=True).indices  # topk leaves ties open
+    kept_QG = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_kept], True)
+    return kept_QG & (advantages_QG.abs() >= gamma)
+
+
+# --- Refill: from questions to the rows of one step -----------------------------------------------
+@dataclass
+class Completion:
+    """One completion o_i; a row, once it is kept."""
+
+    prompt_ids: list[int]  # L tokens
+    token_ids: list[int]  # |o_i| tokens, the last one EOS unless truncated
+    log_probs: list[float] = field(default_factory=list)  # |o_i| of them, the sampler's own
+    truncated: bool = False
+    format: float = 0.0
+    accuracy: float = 0.0
+    advantage: float = 0.0  # A_i, once its group is known
+
+    @property
+    def reward(self) -> float:
+        """r_i, 0 to 3"""
+        return self.format + self.accuracy
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and completion."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+
+def rollout(
+    model, tokenizer, questions: list[Question], group_size: int, temperature: float, config: Config
+) -> list[Completion]:
+    """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
+    eos_ids = eos_token_ids(model, tokenizer)
+    sampled = sample_completions(
+        model, [q.prompt_ids for q in questions], group_size, config.max_completion_tokens,
+        temperature, eos_ids, config.sample_batch,
+    )  # fmt: skip
+    texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
+    return [
+        Completion(
+            question.prompt_ids, token_ids, log_probs, truncated=token_ids[-1] not in eos_ids,
+            format=format_reward(text), accuracy=accuracy_reward(text, question.answer),
+        )
+        for (token_ids, log_probs), text, question in zip(
+            sampled, texts, [q for q in questions for _ in range(group_size)], strict=True
+        )
+    ]  # fmt: skip
+
+
+def collect_batch(
+    draw: Callable[[list[Question]], list[Completion]], stream: Iterator[Question], room: int,
+    config: Config,
+) -> tuple[list[Completion], Counter]:  # fmt: skip
+    """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
+
+    `draw(questions)` gives their scored completions, Q G of them, question-major. Returns at most
+    `room` rows to train on and the step's ledger. With gamma 0 one round of sampling fills the
+    room; with a larger one it may take --max_refill_rounds, and even then stay part empty.
+    """
+    G, sampled, kept, rounds, dead_groups = config.group_size, [], [], 0, 0
+    while len(kept) < room and rounds < (config.max_refill_rounds if config.refill else 1):
+        num_questions = config.questions_for(room - len(kept))
+        completions = draw(list(itertools.islice(stream, num_questions)))
+        # float64: equal rewards then have A = 0, and not 1e-8 / 1e-4
+        rewards_QG = torch.tensor([c.reward for c in completions], dtype=torch.float64).view(-1, G)
+        advantages_QG = group_advantages(rewards_QG)
+        kept_QG = prune(advantages_QG, config.num_kept, config.gamma, config.prune_by)
+        for c, advantage in zip(completions, advantages_QG.flatten().tolist(), strict=True):
+            c.advantage = advantage
+        kept += [completions[i] for i in kept_QG.flatten().nonzero()[:, 0].tolist()]
+        sampled += completions
+        rounds += 1
+        dead_groups += (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item()
+    # The last questions may have brought more than fits: the lowest |A| are dropped.
+    rows = sorted(kept, key=lambda c: -abs(c.advantage))[:room]
+    return rows, Counter(  # sums, never averages, so that ranks and steps add up: see step_metrics
+        questions=len(sampled) // G, sampled=len(sampled), kept=len(rows),
+        dropped=len(kept) - len(rows), pruned=len(sampled) - len(rows),
+        dead_groups=dead_groups, refill_rounds=rounds,
+        reward=sum(c.reward for c in sampled),
+        accuracy=sum(c.accuracy > 0 for c in sampled),
+        format=sum(c.format for c in sampled),
+        truncated=sum(c.truncated for c in sampled),
+        completion_tokens=sum(len(c.token_ids) for c in sampled),
+        sampled_tokens=sum(len(c.token_ids) for c in sampled),
+        trained_tokens=sum(len(c.token_ids) for c in rows),
+        abs_advantage_kept=sum(abs(c.advantage) for c in rows),
+        abs_advantage_pruned=sum(abs(c.advantage) for c in sampled)
+        - sum(abs(c.advantage) for c in rows),
+    )  # fmt: skip
+
+
+# --- Log-probabilities ----------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """N rows: prompt, completion, padding on the right, where a causal model never looks."""
+
+    input_ids: torch.Tensor  # (N, T)
+    predicts: torch.Tensor  # (N, T) bool: the next token is the completion's
+    mask: torch.Tensor  # (N, C) bool: the row's own completion tokens, EOS included
+    advantages: torch.Tensor  # (N,)
+    sampled_log_probs: torch.Tensor  # (N, C), 0 in the padding, like those that follow
+    old_log_probs: torch.Tensor | None = None  # (N, C), from the first iteration
+    ref_log_probs: torch.Tensor | None = None  # (N, C), likewise
+
+
+def make_batch(rows: list[Completion], device="cpu") -> Batch:
+    """Pads N rows to the longest. Padding is told by its position, not by a token id of its own:
+    that would often be an EOS as well, and then no EOS would ever be trained."""
+    prompt_length = torch.tensor([[len(r.prompt_ids)] for r in rows])  # (N, 1)
+    length = torch.tensor([[len(r.token_ids)] for r in rows])  # (N, 1)  |o_i|
+    T, C = max(r.num_tokens for r in rows), int(length.max())
+    input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (N, T)
+    after = torch.arange(T) - (
+        prompt_length - 1
+    )  # (N, T) 0 where the first completion token is next
+    predicts = (after >= 0) & (after < length)
+    mask = torch.arange(C) < length  # (N, C)
+    advantages = torch.tensor([r.advantage for r in rows])  # (N,)
+    sampled_log_probs = torch.tensor([(r.log_probs + [0.0] * C)[:C] for r in rows])  # (N, C)
+    parts = (input_ids, predicts, mask, advantages, sampled_log_probs)
+    return Batch(*(x.to(device) for x in parts))
+
+
+def pack(rows: list[Completion], tokens_per_microbatch: int) -> list[list[Completion]]:
+    """Splits rows, all of them, into micro-batches of at most so many tokens, padding included.
+
+    Longest first, so that little is padding. A row that is over the limit by itself goes alone.
+    """
+    packs: list[list[Completion]] = []
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+        if packs and (len(packs[-1]) + 1) * packs[-1][0].num_tokens <= tokens_per_microbatch:
+            packs[-1].append(row)
+        else:
+            packs.append([row])
+    return packs
+
+
+def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
+    """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (N, C), 0 in padding."""
+    # The mask has the model compute logits for completion tokens only, M = sum_i |o_i| of them.
+    out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
+    logits = out.logits.float() / temperature  # (M, V)
+    targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (M,)
+    log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
+    return log_probs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_probs)
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1/|o_i| sum_t, for each completion: (N, C) -> (N,)"""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def cppo_loss(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, ref_log_probs: torch.Tensor | None,
+    advantages: torch.Tensor, mask: torch.Tensor, clip_eps: float, beta: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    """Eq. 5 without 1/N sum_i: a loss for each completion, (N,). The caller owns the denominator.
+
+    Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
+    a completion's tokens: `kl` (eq. 4) and `clip_fraction`, tokens that the clip holds still.
+    """
+    ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
+    unclipped = ratio * advantages[:, None]  # (N, C)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (N, C)
+    kl = torch.zeros_like(log_probs)
+    if beta > 0:
+        log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
+        kl = torch.exp(log_ref) - log_ref - 1  # (N, C) eq. 4
+    losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (N,)
+    clip_fraction = token_mean((clipped < unclipped).float(), mask)
+    return losses, {"kl": token_mean(kl.detach(), mask), "clip_fraction": clip_fraction}
+
+
+# --- Update ---------------------------------------------------------------------------------------
+def sum_over_ranks(values: list[float], device) -> list[float]:
+    """Each number added up over all ranks."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def optimizer_step(
+    policy, optimizer, scheduler, batches: list[Batch], loss_sum: Callable[[Batch], torch.Tensor],
+    count: int, max_grad_norm: float,
+) -> float:  # fmt: skip
+    """One step on sum_batches loss_sum(batch) / count, sum and count over all ranks.
+
+    Returns the gradient's norm before the clip. Ranks may have unequal numbers of batches, or none:
+    they exchange gradients once, with the last. If there is nothing to average (count 0 on all
+    ranks) the weights stay as they are.
+    """
+    device = next(policy.parameters()).device
+    if not batches:  # answer the exchange with zeros
+        token = torch.zeros(1, 1, dtype=torch.long, device=device)
+        (0 * policy(input_ids=token, use_cache=False).logits.sum()).backward()
+    for batch in batches:
+        exchange = batch is batches[-1] or not isinstance(policy, DistributedDataParallel)
+        with contextlib.nullcontext() if exchange else policy.no_sync():
+            loss_sum(batch).backward()
+    ranks, count = sum_over_ranks([1, count], device)
+    for parameter in policy.parameters():
+        if parameter.grad is not None:  # it is DDP's mean over the ranks: back to the sum
+            parameter.grad.mul_(ranks / max(count, 1))
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
+    if count > 0:
+        optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm
+
+
+def make_optimizer(policy, learning_rate: float, num_steps: int, warmup_ratio: float):
+    """AdamW without weight decay, and a cosine schedule with warm-up over `num_steps`."""
+    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
+    num_warmup_steps = math.ceil(num_steps * warmup_ratio)
+    return optimizer, transformers.get_scheduler("cosine", optimizer, num_warmup_steps, num_steps)
+
+
+def update(
+    policy, reference, optimizer, scheduler, rows: list[Completion], ledger: Counter, config: Config
+) -> float:
+    """mu optimizer steps on eq. 5, over the rows of all ranks. Returns the mean gradient norm.
+
+    Adds to the ledger, as sums over this rank's N completions: `loss`, `kl`, `clip_fraction`, each
+    the mean over the mu steps, and `sampling_gap`, the mean over tokens of
+    |log pi_sampler - log pi_theta| before the first: 0 but for rounding, or the sampler is wrong.
+    """
+    device = next(policy.parameters()).device
+    batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
+    ledger["padded_tokens"] = sum(b.input_ids.numel() for b in batches)
+    ledger["padded_tokens"] -= sum(row.num_tokens for row in rows)
+    sums = Counter(loss=0.0, kl=0.0, clip_fraction=0.0, sampling_gap=0.0)
+
+    def loss_sum(batch: Batch) -> torch.Tensor:
+        log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
+        if batch.old_log_probs is None:
+            # The weights have not moved since the sampling: pi_old costs no forward of its own.
+            batch.old_log_probs = log_probs.detach()
+            gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (N, C)
+            sums["sampling_gap"] += token_mean(gap, batch.mask).sum().item()
+            if config.beta > 0:
+                with torch.no_grad():
+                    batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
+        losses, statistics = cppo_loss(
+            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.mask,
+            config.clip_eps, config.beta,
+        )  # fmt: skip
+        for name, value in {"loss": losses.detach(), **statistics}.items():
+            sums[name] += value.sum().item() / config.num_iterations
+        return losses.sum()
+
+    norm = 0.0
+    for _ in range(config.num_iterations):
+        norm += optimizer_step(
+            policy, optimizer, scheduler, batches, loss_sum, len(rows), config.max_grad_norm
+        )
+    ledger.update(sums)
+    return norm / config.num_iterations
+
+
+def warm_start(
+    policy, tokenizer, stream: Iterator[Question], num_rows: int, config: Config
+) -> dict:
+    """Supervised steps on demonstrations: cross-entropy, a mean over the tokens of all ranks."""
+    start, steps = time.perf_counter(), config.warm_start_steps
+    device = next(policy.parameters()).device
+    learning_rate = config.warm_start_learning_rate
+    optimizer, scheduler = make_optimizer(policy, learning_rate, steps, config.warmup_ratio)
+
+    def loss_sum(batch: Batch) -> torch.Tensor:
+        return -token_log_probs(policy, batch, temperature=1.0).sum()
+
+    for _ in tqdm(range(steps), "warm start", leave=False, disable=not is_first_rank()):
+        rows = []
+        for question in itertools.islice(stream, num_rows):
+            token_ids = tokenizer(question.demonstration, add_special_tokens=False).input_ids
+            rows.append(Completion(question.prompt_ids, [*token_ids, tokenizer.eos_token_id]))
+        batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
+        count = sum(len(row.token_ids) for row in rows)
+        optimizer_step(policy, optimizer, scheduler, batches, loss_sum, count, config.max_grad_norm)
+    return {"warm_start_steps": steps, "warm_start_seconds": time.perf_counter() - start}
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+def evaluate(
+    model, tokenizer, questions: list[Question], rank: int, world_size: int, config: Config
+) -> dict:
+    """Greedy pass@1, each question scored once, by one of the ranks and by the reward's parser."""
+    start, correct = time.perf_counter(), 0
+    mine = sorted(questions[rank::world_size], key=lambda q: len(q.prompt_ids))
+    starts = range(0, len(mine), config.sample_batch)
+    for i in tqdm(starts, "evaluation", leave=False, disable=not is_first_rank()):
+        some = mine[i : i + config.sample_batch]
+        correct += sum(c.accuracy > 0 for c in rollout(model, tokenizer, some, 1, 0.0, config))
+    correct, count = sum_over_ranks([correct, len(mine)], model.device)
+    return {
+        "eval_accuracy": correct / count if count else None,
+        "eval_questions": int(count),
+        "eval_seconds": time.perf_counter() - start,
+    }
+
+
+# --- Checkpoint and output ------------------------------------------------------------------------
+def is_first_rank() -> bool:
+    """Whether this is the one process that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str):
+    """Prints above the progress bar, on the first rank."""
+    if is_first_rank():
+        tqdm.write(text)
+
+
+def log(folder: Path, record: dict):
+    """Appends a line to metrics.jsonl, on the first rank."""
+    if is_first_rank():
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def save_checkpoint(folder: Path, model, tokenizer):
+    """Writes the new folder beside the old one, then swaps them: neither is ever half there."""
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
+    "sampled": "reward accuracy format truncated completion_tokens",
+    "kept": "abs_advantage_kept loss kl clip_fraction sampling_gap",
+    "pruned": "abs_advantage_pruned",
+    "ranks": "sample_seconds train_seconds",
+}
+
+
+def step_metrics(ledger: Counter, device) -> dict:
+    """The numbers of a step, from the ledgers of all ranks; null where nothing is averaged."""
+    total = dict(zip(ledger, sum_over_ranks([*ledger.values()], device), strict=True))
+    metrics = {name: int(value) for name, value in total.items()}
+    for count, names in DENOMINATORS.items():
+        for name in names.split():
+            metrics[name] = total[name] / total[count] if total[count] else None
+    return metrics
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """A curve of at most `width` characters, each the mean of its share of the values."""
+    n, width = len(values), min(width, len(values))
+    shares = [values[n * i // width : n * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares]
+    scale = 7 / (max(means) - min(means) or 1)
+    return "".join("▁▂▃▄▅▆▇█"[round((m - min(means)) * scale)] for m in means)
+
+
+def step_line(m: dict, steps: int) -> str:
+    """A step in one aligned line of the terminal."""
+    return (
+        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
+        f"accuracy {m['accuracy']:6.1%}  format {m['format']:6.1%}  "
+        f"tokens {m['completion_tokens']:5.1f}  dead {m['dead_groups']:>3}/{m['questions']}  "
+        f"kl {m['kl'] or 0:.4f}  clip {m['clip_fraction'] or 0:.4f}  {m['step_seconds']:.2f} s"
+    )
+
+
+def summary(folder: Path) -> str:
+    """What the run in `folder` achieved and what it paid for it, from its metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    total: Counter = Counter()
+    for record in records:
+        total.update({name: x for name, x in record.items() if isinstance(x, int | float)})
+    rewards = [record["reward"] for record in records if "reward" in record]
+    before, *_, after = [record for record in records if "eval_accuracy" in record]
+    lines = [
+        f"questions  {total['questions']:,} asked, {total['dead_groups']:,} with all rewards equal",
+        f"trained    {total['kept']:,} of {total['sampled']:,} completions, "
+        f"{total['trained_tokens']:,} of {total['sampled_tokens']:,} tokens",
+        f"seconds    {total['warm_start_seconds']:.1f} warm start, {total['sample_seconds']:.1f} "
+        f"sampling, {total['train_seconds']:.1f} training, {total['eval_seconds']:.1f} evaluation",
+    ]
+    if after["eval_questions"]:
+        change = f"{before['eval_accuracy']:.1%} -> {after['eval_accuracy']:.1%}"
+        lines.insert(0, f"accuracy   {change} on {after['eval_questions']:,} test questions")
+    if rewards:
+        lines.append(f"reward     {rewards[0]:.2f} {sparkline(rewards)} {rewards[-1]:.2f}")
+    return "\n".join([*lines, f"model      {folder / 'checkpoint'}"])
+
+
+# --- Distributed: torchrun's environment; one process is the plain case ---------------------------
+def init_distributed() -> tuple[int, int, torch.device]:
+    """(rank, world size, device), as torchrun's environment has it."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    rank, world_size, local_rank, local_ranks = (int(os.environ.get(*name)) for name in names)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_ranks > gpus:
+            raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here, {gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        # That is torchrun's doing when the user says nothing. Share the cores out instead.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+# --- The algorithm --------------------------------------------------------------------------------
+def prepare_questions(config: Config, tokenizer) -> tuple[list[Question], list[Question]]:
+    """(train, test) with their prompts encoded, less those that are too long."""
+    loaded = load_questions(config)
+    train, test = (encode_prompts(qs, tokenizer, config.max_prompt_tokens) for qs in loaded)
+    left_out = len(loaded[0]) + len(loaded[1]) - len(train) - len(test)
+    if not train or not test:
+        raise UserError(f"all prompts have over --max_prompt_tokens {config.max_prompt_tokens}")
+    if left_out:
+        say(f"cppo: {left_out} prompts of over {config.max_prompt_tokens} tokens are left out")
+    return train, test[: config.eval_questions]
+
+
+def train(config: Config):
+    """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
+    folder = Path(config.output_dir)
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"--output_dir {folder} holds a run already: choose another --output_dir")
+    rank, world_size, device = init_distributed()
+    room = config.room(world_size)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model_and_tokenizer(config.model)
+    model.to(device)
+    questions, test_questions = prepare_questions(config, tokenizer)
+    per_step = world_size * config.questions_for(room)
+    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    say(
+        f"cppo: task {config.task}, as {config.task_reason}; model {config.model or 'tiny Qwen2'} "
+        f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}\n"
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
+        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+    )
+    policy = model
+    if world_size > 1:
+        policy = DistributedDataParallel(model, forward_sync_buffers=False)
+    if config.warm_start_steps:
+        stream = question_stream(questions, config.seed, rank, world_size)
+        num_rows = config.warm_start_batch_size // world_size
+        log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, num_rows, config)})
+    reference = copy.deepcopy(model).requires_grad_(False)
+    optimizer, scheduler = make_optimizer(
+        policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
+    )
+    stream, asked = question_stream(questions, config.seed, rank, world_size), 0
+    torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
+
+    def draw(some: list[Question]) -> list[Completion]:
+        return rollout(model, tokenizer, some, config.group_size, config.temperature, config)
+
+    def evaluation(step: int) -> dict:
+        score = evaluate(model, tokenizer, test_questions, rank, world_size, config)
+        log(folder, {"step": step, **score})
+
+    evaluation(step=0)
+    for step in tqdm(range(1, steps + 1), config.task, disable=not is_first_rank()):
+        start = time.perf_counter()
+        rows, ledger = collect_batch(draw, stream, room, config)
+        sampled = time.perf_counter()
+        learning_rate = scheduler.get_last_lr()[0]
+        grad_norm = update(policy, reference, optimizer, scheduler, rows, ledger, config)
+        trained = time.perf_counter()
+        ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
+        metrics = {"step": step, "epoch": 0.0, **step_metrics(ledger, device)}
+        asked += metrics["questions"]
+        metrics |= {
+            "epoch": asked / len(questions), "grad_norm": grad_norm, "learning_rate": learning_rate,
+            "step_seconds": time.perf_counter() - start,
+        }  # fmt: skip
+        log(folder, metrics)
+        if step == 1 or step % max(1, steps // 10) == 0:
+            say(step_line(metrics, steps))
+    evaluation(step=steps)
+    if is_first_rank():
+        save_checkpoint(folder / "checkpoint", model, tokenizer)
+        say(summary(folder))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+class Parser(transformers.HfArgumentParser):
+    """argparse with one line for a mistake, and not a page."""
+
+    def error(self, message: str):
+        """Called for a command line that does not parse."""
+        raise UserError(f"{message} (see --help)")
+
+
+def main():
+    """The command line."""
+    sys.stdout.reconfigure(line_buffering=True)
+    defaults = [f"{task}: {json.dumps(flags)[1:-1]}" for task, flags in TASK_DEFAULTS.items()]
+    parser = Parser(
+        Config,
+        allow_abbrev=False,
+        usage="[torchrun --nproc_per_node GPUS] cppo.py [--flag VALUE ...]",
+        description=__doc__.split("\n")[0],
+        epilog="defaults by task:\n" + "\n".join(defaults),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    try:
+        config, rest = parser.parse_args_into_dataclasses(
+            return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            parser.error(f"unknown flag {rest[0]}")
+        train(config)
+    except UserError as error:
+        print(f"cppo.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
