@@ -17,14 +17,14 @@ The equations, each again beside the line that computes it:
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. Unlike the authors' code:
 pruning is per question (theirs ranks a whole batch, where a question can lose everything), k is
-never 0, (5) averages over tokens and then over completions, as the paper writes it, and N counts
-the completions of all ranks, so nothing depends on how rows fall into micro-batches or ranks.
+never 0, and (5) averages over tokens, then over the completions of all ranks, as the paper writes
+it, however they fall into micro-batches and ranks.
 
 Letters of shapes; rows are question-major everywhere: repeat_interleave in, view(Q, G) out.
 
-    Q questions                 N trained completions (rows)     T = L + C tokens of a row
+    Q questions                 N completions being trained      T = L + C tokens of a row
     G completions a question    L prompt tokens                  V vocabulary
-    K kept a question           C completion tokens              R rows still being sampled
+    k kept a question           C completion tokens              R completions still being sampled
 
     python cppo.py                            two-digit additions on a laptop
     python cppo.py --pruning_rate 0           the same with GRPO
@@ -62,9 +62,6 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """A mistake that the user can mend: one line on stderr says how, and the exit status is 2."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(message.split())[:400])
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
@@ -139,12 +136,8 @@ class Config:
         for name, value in {"output_dir": f"runs/{self.task}", **TASK_DEFAULTS[self.task]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for flag in dataclasses.fields(self):
-            name, interval, value = (
-                flag.name,
-                flag.metadata.get("metavar"),
-                getattr(self, flag.name),
-            )
+        for f in dataclasses.fields(self):
+            name, interval, value = f.name, f.metadata.get("metavar"), getattr(self, f.name)
             if interval and value is not None:
                 low, high = map(float, interval[1:-1].split(","))
                 above = value >= low if interval[0] == "[" else value > low
@@ -160,12 +153,13 @@ class Config:
         return max(1, math.floor(self.group_size * (1 - self.pruning_rate) + 1e-9))
 
     def room(self, world_size: int) -> int:
-        """Completions that one rank trains in a step: its share of N."""
+        """Completions that one rank trains in a step: its share of the batch."""
         unit = world_size if self.refill else world_size * self.group_size
-        if self.batch_size % unit or self.warm_start_batch_size % world_size:
-            name = "batch_size" if self.batch_size % unit else "warm_start_batch_size"
-            parts = f"{world_size} ranks" + (" x --group_size" if unit > world_size else "")
-            raise UserError(f"--{name} {getattr(self, name)} must be divisible by {parts}")
+        if self.batch_size % unit:
+            parts = f"{world_size} ranks" + ("" if self.refill else " x --group_size")
+            raise UserError(f"--batch_size {self.batch_size} must be divisible by {parts}")
+        if self.warm_start_steps and self.warm_start_batch_size % world_size:
+            raise UserError(f"--warm_start_batch_size must be divisible by {world_size} ranks")
         return self.batch_size // world_size
 
     def questions_for(self, room: int) -> int:
@@ -176,7 +170,7 @@ class Config:
 # --- Questions ------------------------------------------------------------------------------------
 @dataclass
 class Question:
-    """One task. The prompt is plain text, or messages for the tokenizer's chat template."""
+    """One question. The prompt is plain text, or messages for the tokenizer's chat template."""
 
     prompt: str | list[dict]
     answer: str
@@ -245,15 +239,20 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
     try:
         if kind := kinds.get(Path(source).suffix):
-            table = datasets.load_dataset(kind, data_files=source, split="train")
+            text = {"converters": dict.fromkeys(columns, str)}  # or 3 becomes 3.0 beside a 2.5
+            as_text = text if kind == "csv" else {}
+            table = datasets.load_dataset(kind, data_files=source, split="train", **as_text)
         else:
             subset = "main" if source == "openai/gsm8k" else None
             table = datasets.load_dataset(source, subset, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"--{split}_data {source} cannot be loaded: {error}") from error
+    except Exception as error:  # of all sorts: an empty file is a StopIteration
+        raise UserError(f"--{split}_data {source} cannot be loaded: {error!r}") from error
     if missing := set(columns) - set(table.column_names):
         raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
-    rows = [{column: str(row[column] or "").strip() for column in columns} for row in table]
+    rows = [
+        {column: "" if row[column] is None else str(row[column]).strip() for column in columns}
+        for row in table
+    ]
     bad = next((i for i, row in enumerate(rows, 1) if not all(row.values())), None)
     if bad or not rows:
         what = f"row {bad} lacks one of {columns}" if bad else "there are no rows"
@@ -261,8 +260,8 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
     return rows
 
 
-def encode_prompts(questions: list[Question], tokenizer, max_prompt_tokens: int) -> list[Question]:
-    """Fills in `prompt_ids`, messages through the chat template; leaves too long prompts out."""
+def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
+    """Fills in `prompt_ids`, messages through the tokenizer's chat template."""
     for question in questions:
         text = question.prompt
         if not isinstance(text, str) and tokenizer.chat_template:
@@ -270,7 +269,7 @@ def encode_prompts(questions: list[Question], tokenizer, max_prompt_tokens: int)
         elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
         question.prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
-    return [q for q in questions if len(q.prompt_ids) <= max_prompt_tokens]
+    return questions
 
 
 def question_stream(
@@ -315,7 +314,7 @@ def load_model_and_tokenizer(name: str | None):
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of all sorts, down to the half-written file of weights
         raise UserError(f"--model {name} cannot be loaded: {error}") from error
     if not eos_token_ids(model, tokenizer):
         raise UserError(f"--model {name} has no EOS token: its completions would never end")
@@ -357,35 +356,40 @@ def sample_together(
         input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True,
         logits_to_keep=1,
     )  # fmt: skip
-    # Each prompt has been read once; from here on a row is a completion, and R starts at Q G.
+    # Each prompt has been read once; from here on there are R completions, at first Q G.
     cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)
     logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)  # (R, V)
     mask = mask.repeat_interleave(group_size, dim=0)  # (R, L), then one column more per token
     positions = positions[:, -1:].repeat_interleave(group_size, dim=0)  # (R, 1)
-    row = torch.arange(len(mask), device=model.device)  # (R,) where in `tokens` a live row writes
-    done = torch.zeros_like(row, dtype=torch.bool)  # (R,)
+    row_ids = torch.arange(len(mask), device=model.device)  # (R,) their rows in `tokens`
+    done = torch.zeros_like(row_ids, dtype=torch.bool)  # (R,)
     eos = torch.tensor(eos_ids, device=model.device)
-    tokens = torch.zeros(len(row), max_tokens, dtype=torch.long, device=model.device)  # (Q G, C)
+    tokens = torch.zeros(
+        len(row_ids), max_tokens, dtype=torch.long, device=model.device
+    )  # (Q G, C)
     log_probs = torch.zeros(tokens.shape, device=model.device)  # (Q G, C)
     for t in range(max_tokens):
-        new, log_probs[row, t] = draw_tokens(logits, temperature)
-        tokens[row, t] = new
+        new, log_probs[row_ids, t] = draw_tokens(logits, temperature)
+        tokens[row_ids, t] = new
         done |= torch.isin(new, eos)
         num_done = int(done.sum())
-        if num_done == len(row) or t + 1 == max_tokens:
+        if num_done == len(row_ids) or t + 1 == max_tokens:
             break
-        if 4 * num_done >= len(row):  # they leave by quarters, since leaving copies the cache
+        if 4 * num_done >= len(
+            row_ids
+        ):  # finished ones leave, but not one by one: it copies the cache
             live = (~done).nonzero()[:, 0]
             cache.batch_select_indices(live)
-            row, done, new, mask, positions = (x[live] for x in (row, done, new, mask, positions))
+            row_ids, done, new = row_ids[live], done[live], new[live]
+            mask, positions = mask[live], positions[live]
         mask = F.pad(mask, (0, 1), value=1)
         positions = positions + 1
         logits = model(
             input_ids=new[:, None], attention_mask=mask, position_ids=positions,
             past_key_values=cache, use_cache=True,
         ).logits[:, -1]  # (R, V)  # fmt: skip
-    # What a finished row wrote before it left is cut off behind its first EOS. The EOS stays.
+    # What a finished one wrote before it left is cut off behind its first EOS. The EOS stays.
     is_eos = torch.isin(tokens, eos)  # (Q G, C)
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_tokens).tolist()  # (Q G,)
     rows = zip(tokens.tolist(), log_probs.tolist(), lengths, strict=True)
@@ -415,7 +419,7 @@ def sample_completions(
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50 or 50%. The ways to match do not overlap, so the time is linear in the text.
+# -$1,234.50 or 50%. No part can match in two lengths and then fail: linear time on any text.
 NUMBER = re.compile(
     r"([+-]?)\$?([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
@@ -436,7 +440,7 @@ def format_reward(text: str) -> float:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The exact value of a number with sign, commas, decimals, $, % or full stop; else None."""
+    """The exact value of a number, leaving aside commas, $, % and a full stop; None if it is none."""
     match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
     if not match or (match[1] and match[2]):
         return None
@@ -539,7 +543,7 @@ def collect_batch(
     while len(kept) < room and rounds < (config.max_refill_rounds if config.refill else 1):
         num_questions = config.questions_for(room - len(kept))
         completions = draw(list(itertools.islice(stream, num_questions)))
-        # float64: equal rewards then have A = 0, and not 1e-8 / 1e-4
+        # float64: the mean of equal rewards is off by a rounding error, which eq. 1 divides by 1e-4
         rewards_QG = torch.tensor([c.reward for c in completions], dtype=torch.float64).view(-1, G)
         advantages_QG = group_advantages(rewards_QG)
         kept_QG = prune(advantages_QG, config.num_kept, config.gamma, config.prune_by)
@@ -549,22 +553,24 @@ def collect_batch(
         sampled += completions
         rounds += 1
         dead_groups += (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item()
-    # The last questions may have brought more than fits: the lowest |A| are dropped.
-    rows = sorted(kept, key=lambda c: -abs(c.advantage))[:room]
-    return rows, Counter(  # sums, never averages, so that ranks and steps add up: see step_metrics
+    # The last questions may have brought more than fits: pruning once more drops the lowest |A|.
+    fits = prune(torch.tensor([[c.advantage for c in kept]]), room, by=config.prune_by)[0].tolist()
+    rows = [c for c, fit in zip(kept, fits, strict=True) if fit]
+    all_abs, kept_abs = (sum(abs(c.advantage) for c in cs) for cs in (sampled, rows))
+    return rows, Counter(  # sums, so that ranks add up; step_metrics makes averages of some
         questions=len(sampled) // G, sampled=len(sampled), kept=len(rows),
-        dropped=len(kept) - len(rows), pruned=len(sampled) - len(rows),
-        dead_groups=dead_groups, refill_rounds=rounds,
+        pruned=len(sampled) - len(rows),  # not trained on, for whatever reason
+        dropped=len(kept) - len(rows),  # those of them that pruning had kept
+        dead_groups=dead_groups,  # questions whose G rewards are all equal
+        refill_rounds=rounds,
         reward=sum(c.reward for c in sampled),
         accuracy=sum(c.accuracy > 0 for c in sampled),
         format=sum(c.format for c in sampled),
         truncated=sum(c.truncated for c in sampled),
-        completion_tokens=sum(len(c.token_ids) for c in sampled),
+        completion_tokens=sum(len(c.token_ids) for c in sampled),  # will be an average
         sampled_tokens=sum(len(c.token_ids) for c in sampled),
         trained_tokens=sum(len(c.token_ids) for c in rows),
-        abs_advantage_kept=sum(abs(c.advantage) for c in rows),
-        abs_advantage_pruned=sum(abs(c.advantage) for c in sampled)
-        - sum(abs(c.advantage) for c in rows),
+        abs_advantage_kept=kept_abs, abs_advantage_pruned=all_abs - kept_abs,
     )  # fmt: skip
 
 
@@ -589,9 +595,7 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     length = torch.tensor([[len(r.token_ids)] for r in rows])  # (N, 1)  |o_i|
     T, C = max(r.num_tokens for r in rows), int(length.max())
     input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (N, T)
-    after = torch.arange(T) - (
-        prompt_length - 1
-    )  # (N, T) 0 where the first completion token is next
+    after = torch.arange(T) + 1 - prompt_length  # (N, T) 0 where completion token 0 comes next
     predicts = (after >= 0) & (after < length)
     mask = torch.arange(C) < length  # (N, C)
     advantages = torch.tensor([r.advantage for r in rows])  # (N,)
@@ -662,14 +666,14 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
 
 
 def optimizer_step(
-    policy, optimizer, scheduler, batches: list[Batch], loss_sum: Callable[[Batch], torch.Tensor],
+    policy, optimizer, scheduler, batches: list[Batch], forward: Callable[[Batch], torch.Tensor],
     count: int, max_grad_norm: float,
 ) -> float:  # fmt: skip
-    """One step on sum_batches loss_sum(batch) / count, sum and count over all ranks.
+    """One step on sum_batches forward(batch) / count, sum and count over all ranks.
 
     Returns the gradient's norm before the clip. Ranks may have unequal numbers of batches, or none:
-    they exchange gradients once, with the last. If there is nothing to average (count 0 on all
-    ranks) the weights stay as they are.
+    they exchange gradients once, with the last. Where there is nothing to average, on all ranks
+    (count 0), the weights stay as they are.
     """
     device = next(policy.parameters()).device
     if not batches:  # answer the exchange with zeros
@@ -678,13 +682,13 @@ def optimizer_step(
     for batch in batches:
         exchange = batch is batches[-1] or not isinstance(policy, DistributedDataParallel)
         with contextlib.nullcontext() if exchange else policy.no_sync():
-            loss_sum(batch).backward()
-    ranks, count = sum_over_ranks([1, count], device)
+            forward(batch).backward()
+    world_size, total = sum_over_ranks([1, count], device)
     for parameter in policy.parameters():
-        if parameter.grad is not None:  # it is DDP's mean over the ranks: back to the sum
-            parameter.grad.mul_(ranks / max(count, 1))
+        if parameter.grad is not None:  # DDP has made it sum / world_size; wanted is sum / total
+            parameter.grad.mul_(world_size / max(total, 1))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
-    if count > 0:
+    if total > 0:
         optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -692,7 +696,8 @@ def optimizer_step(
 
 
 def make_optimizer(policy, learning_rate: float, num_steps: int, warmup_ratio: float):
-    """AdamW without weight decay, and a cosine schedule with warm-up over `num_steps`."""
+    """AdamW without weight decay, and a cosine schedule over `num_steps`, as in the recipes: with
+    a warm-up from 0, so that the very first step moves nothing, and back to 0 after the last."""
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     num_warmup_steps = math.ceil(num_steps * warmup_ratio)
     return optimizer, transformers.get_scheduler("cosine", optimizer, num_warmup_steps, num_steps)
@@ -703,9 +708,9 @@ def update(
 ) -> float:
     """mu optimizer steps on eq. 5, over the rows of all ranks. Returns the mean gradient norm.
 
-    Adds to the ledger, as sums over this rank's N completions: `loss`, `kl`, `clip_fraction`, each
-    the mean over the mu steps, and `sampling_gap`, the mean over tokens of
-    |log pi_sampler - log pi_theta| before the first: 0 but for rounding, or the sampler is wrong.
+    Adds to the ledger, as sums over this rank's N completions of means over their tokens: `loss`,
+    `kl`, `clip_fraction`, averaged over the mu steps, and `sampling_gap`, before the first step,
+    |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong.
     """
     device = next(policy.parameters()).device
     batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
@@ -713,7 +718,7 @@ def update(
     ledger["padded_tokens"] -= sum(row.num_tokens for row in rows)
     sums = Counter(loss=0.0, kl=0.0, clip_fraction=0.0, sampling_gap=0.0)
 
-    def loss_sum(batch: Batch) -> torch.Tensor:
+    def forward(batch: Batch) -> torch.Tensor:
         log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no forward of its own.
@@ -734,7 +739,7 @@ def update(
     norm = 0.0
     for _ in range(config.num_iterations):
         norm += optimizer_step(
-            policy, optimizer, scheduler, batches, loss_sum, len(rows), config.max_grad_norm
+            policy, optimizer, scheduler, batches, forward, len(rows), config.max_grad_norm
         )
     ledger.update(sums)
     return norm / config.num_iterations
@@ -749,7 +754,7 @@ def warm_start(
     learning_rate = config.warm_start_learning_rate
     optimizer, scheduler = make_optimizer(policy, learning_rate, steps, config.warmup_ratio)
 
-    def loss_sum(batch: Batch) -> torch.Tensor:
+    def forward(batch: Batch) -> torch.Tensor:
         return -token_log_probs(policy, batch, temperature=1.0).sum()
 
     for _ in tqdm(range(steps), "warm start", leave=False, disable=not is_first_rank()):
@@ -759,7 +764,7 @@ def warm_start(
             rows.append(Completion(question.prompt_ids, [*token_ids, tokenizer.eos_token_id]))
         batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
         count = sum(len(row.token_ids) for row in rows)
-        optimizer_step(policy, optimizer, scheduler, batches, loss_sum, count, config.max_grad_norm)
+        optimizer_step(policy, optimizer, scheduler, batches, forward, count, config.max_grad_norm)
     return {"warm_start_steps": steps, "warm_start_seconds": time.perf_counter() - start}
 
 
@@ -895,18 +900,6 @@ def init_distributed() -> tuple[int, int, torch.device]:
 
 
 # --- The algorithm --------------------------------------------------------------------------------
-def prepare_questions(config: Config, tokenizer) -> tuple[list[Question], list[Question]]:
-    """(train, test) with their prompts encoded, less those that are too long."""
-    loaded = load_questions(config)
-    train, test = (encode_prompts(qs, tokenizer, config.max_prompt_tokens) for qs in loaded)
-    left_out = len(loaded[0]) + len(loaded[1]) - len(train) - len(test)
-    if not train or not test:
-        raise UserError(f"all prompts have over --max_prompt_tokens {config.max_prompt_tokens}")
-    if left_out:
-        say(f"cppo: {left_out} prompts of over {config.max_prompt_tokens} tokens are left out")
-    return train, test[: config.eval_questions]
-
-
 def train(config: Config):
     """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
     folder = Path(config.output_dir)
@@ -917,19 +910,27 @@ def train(config: Config):
     torch.manual_seed(config.seed)
     model, tokenizer = load_model_and_tokenizer(config.model)
     model.to(device)
-    questions, test_questions = prepare_questions(config, tokenizer)
+    loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
+    test_questions = test_questions[: config.eval_questions]
+    questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
+    left_out = f"{len(loaded) - len(questions)} with prompts over --max_prompt_tokens left out"
+    if len(questions) < world_size:
+        raise UserError(f"{len(questions)} training questions are too few, {left_out}")
     per_step = world_size * config.questions_for(room)
     steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    if is_first_rank():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    try:
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
     say(
         f"cppo: task {config.task}, as {config.task_reason}; model {config.model or 'tiny Qwen2'} "
         f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}\n"
-        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}, {left_out}), "
         f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
     )
-    policy = model
+    policy = model  # what is trained; `model` is what samples, the same weights without DDP
     if world_size > 1:
         policy = DistributedDataParallel(model, forward_sync_buffers=False)
     if config.warm_start_steps:
@@ -946,7 +947,7 @@ def train(config: Config):
     def draw(some: list[Question]) -> list[Completion]:
         return rollout(model, tokenizer, some, config.group_size, config.temperature, config)
 
-    def evaluation(step: int) -> dict:
+    def evaluation(step: int):
         score = evaluate(model, tokenizer, test_questions, rank, world_size, config)
         log(folder, {"step": step, **score})
 
@@ -959,11 +960,13 @@ def train(config: Config):
         grad_norm = update(policy, reference, optimizer, scheduler, rows, ledger, config)
         trained = time.perf_counter()
         ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
-        metrics = {"step": step, "epoch": 0.0, **step_metrics(ledger, device)}
+        if not math.isfinite(grad_norm):
+            raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate")
+        metrics = step_metrics(ledger, device)
         asked += metrics["questions"]
-        metrics |= {
-            "epoch": asked / len(questions), "grad_norm": grad_norm, "learning_rate": learning_rate,
-            "step_seconds": time.perf_counter() - start,
+        metrics = {
+            "step": step, "epoch": asked / len(questions), **metrics, "grad_norm": grad_norm,
+            "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
         }  # fmt: skip
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
@@ -997,14 +1000,10 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        config, rest = parser.parse_args_into_dataclasses(
-            return_remaining_strings=True, look_for_args_file=False
-        )
-        if rest:
-            parser.error(f"unknown flag {rest[0]}")
-        train(config)
+        train(Config(**vars(parser.parse_args())))
     except UserError as error:
-        print(f"cppo.py: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("cppo.py:", " ".join(str(error).split())[:400], file=sys.stderr)
         sys.exit(2)
 
 

@@ -1,0 +1,1044 @@
+"""What is true of cppo.py, one test a sentence. The order is that of the file.
+
+pytest                      all of it
+pytest -m "not slow"        without the runs of whole training jobs
+pytest -k pruning           one part
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import cppo
+from cppo import Completion, Config, Question, UserError
+
+ROOT = Path(__file__).parent
+F64 = torch.float64
+
+
+# --- Helpers --------------------------------------------------------------------------------------
+def tiny(family: str, vocabulary: int = 20):
+    """A small random model of an architecture, with weights large enough to have opinions."""
+    torch.manual_seed(7)
+    size = dict(vocab_size=vocabulary, initializer_range=0.2, bos_token_id=None, eos_token_id=1)
+    if family == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **size)
+    else:
+        config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family](
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, **size,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def some_rows(n: int, seed: int = 0, longest: int = 9) -> list[Completion]:
+    """n rows with random tokens, lengths and advantages."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(k):
+        return torch.randint(2, 20, (k,), generator=g).tolist()
+
+    def up_to(k):
+        return int(torch.randint(1, k + 1, (1,), generator=g))
+
+    return [
+        Completion(ids(up_to(5)), ids(up_to(longest)), advantage=float(torch.randn(1, generator=g)))
+        for _ in range(n)
+    ]
+
+
+def naive_log_probs(model, row: Completion, temperature: float) -> torch.Tensor:
+    """log pi(o_t | q, o_<t), one row at a time, without padding."""
+    logits = model(torch.tensor([row.prompt_ids + row.token_ids])).logits[0] / temperature
+    start = len(row.prompt_ids)
+    return torch.stack(
+        [logits[start + t - 1].log_softmax(-1)[token] for t, token in enumerate(row.token_ids)]
+    )
+
+
+def config(**changes) -> Config:
+    return Config(task="arithmetic", **changes)
+
+
+def plain_sgd(model):
+    """An optimizer whose step is minus the gradient, and a schedule that does nothing."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def gradients_of_update(rows: list[Completion], **changes) -> list[torch.Tensor]:
+    """The gradient that update() steps along."""
+    model = tiny("llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    reference = tiny("llama")
+    with torch.no_grad():  # a reference that is not the policy, so that the KL term counts
+        for p in reference.parameters():
+            p.mul_(1.1)
+    settings = config(num_iterations=1, max_grad_norm=1e9, **changes)
+    cppo.update(model, reference, *plain_sgd(model), rows, Counter(), settings)
+    return [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+
+
+def run(*arguments, ranks: int = 1, script: str = "cppo.py", **environment):
+    """A real process: python, or torchrun where there are several ranks."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=600, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- Configuration --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("group_size", "pruning_rate", "k"),
+    [
+        (16, 0.0, 16), (16, 0.5, 8), (16, 0.75, 4), (16, 0.875, 2), (16, 0.9375, 1),
+        (20, 0.8, 4),  # 20 * (1 - 0.8) is 3.9999999999999996
+        (10, 0.9, 1),  # 10 * (1 - 0.9) is 0.9999999999999998
+        (7, 0.5, 3),  # floor(3.5)
+        (4, 0.99, 1),  # never 0
+    ],
+)  # fmt: skip
+def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1(group_size, pruning_rate, k):
+    assert config(group_size=group_size, pruning_rate=pruning_rate).num_kept == k
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "-0.1"], "--pruning_rate"),
+        (["--pruning_rate", "nan"], "--pruning_rate"), (["--group_size", "1"], "--group_size"),
+        (["--batch_size", "0"], "--batch_size"), (["--batch_size", "x"], "--batch_size"),
+        (["--steps", "-1"], "--steps"), (["--clip_eps", "1"], "--clip_eps"),
+        (["--beta", "-1"], "--beta"), (["--learning_rate", "0"], "--learning_rate"),
+        (["--temperature", "0"], "--temperature"), (["--temperature", "inf"], "--temperature"),
+        (["--gamma", "-1"], "--gamma"), (["--prune_by", "luck"], "--prune_by"),
+        (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
+        (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--seed", "-1"], "--seed"),
+        (["--prunning_rate", "0.5"], "--prunning_rate"), (["--prun", "0.5"], "--prun"),
+        (["--task", "arithmetic", "--train_data", "x.csv"], "--task"),
+        (["--model", "no/such/folder"], "--model"), (["hello"], "hello"),
+        (["--train_data", "none.csv", "--test_data", "none.csv"], "none.csv"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line_that_names_the_flag_and_exit_2_and_writes_nothing(
+    flags, names, tmp_path, monkeypatch, capsys
+):
+    if "--train_data" in flags and "--task" not in flags:
+        cppo.tiny_model_and_tokenizer()[0].save_pretrained(tmp_path / "model")
+        cppo.tiny_model_and_tokenizer()[1].save_pretrained(tmp_path / "model")
+        flags = [*flags, "--model", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["cppo.py", "--output_dir", str(tmp_path / "out"), *flags])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        cppo.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("cppo.py: ") and error.count("\n") == 1 and names in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_batch_must_be_divisible_by_the_ranks_and_without_refill_by_the_groups():
+    assert config(batch_size=128).room(world_size=8) == 16
+    with pytest.raises(UserError, match="--batch_size 100 must be divisible by 8 ranks"):
+        config(batch_size=100).room(world_size=8)
+    assert config(batch_size=64, refill=False).room(world_size=2) == 32
+    with pytest.raises(UserError, match="--batch_size 48 must be divisible by 2 ranks x"):
+        config(batch_size=48, refill=False).room(world_size=2)
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    with pytest.raises(UserError, match="holds a run already"):
+        cppo.train(config(output_dir=str(tmp_path)))
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+
+
+# --- Questions ------------------------------------------------------------------------------------
+def test_no_test_sum_is_a_training_sum_not_even_turned_round():
+    train, test = cppo.arithmetic_questions()
+    assert (len(train), len(test)) == (2560, 512)
+    prompts = [q.prompt for q in train + test]
+    assert len(set(prompts)) == len(prompts)
+    numbers = [{frozenset(q.prompt[:-1].split("+")) for q in qs} for qs in (train, test)]
+    assert not numbers[0] & numbers[1]
+    assert all(int(q.prompt[:2]) + int(q.prompt[3:5]) == int(q.answer) for q in train + test)
+
+
+def test_the_teacher_is_always_in_format_and_right_unless_it_forgets_to_carry():
+    train, _ = cppo.arithmetic_questions()
+    carries = [int(q.prompt[1]) + int(q.prompt[4]) >= 10 for q in train]
+    right = [cppo.accuracy_reward(q.demonstration, q.answer) == 2 for q in train]
+    assert all(cppo.format_reward(q.demonstration) for q in train)
+    assert all(ok for ok, carry in zip(right, carries, strict=True) if not carry)
+    forgets = 1 - sum(ok for ok, c in zip(right, carries, strict=True) if c) / sum(carries)
+    assert 0.65 < forgets < 0.75
+
+
+def test_the_character_tokenizer_gives_back_its_text_and_has_one_token_per_tag(tmp_path):
+    _, tokenizer = cppo.tiny_model_and_tokenizer()
+    text = "<think>7+8=15 3+5=8+1=9</think>\n<answer>95</answer>"
+    ids = tokenizer(text).input_ids
+    assert len(ids) == len(text) - sum(len(tag) - 1 for tag in cppo.TAGS)
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    longest = max(cppo.arithmetic_questions()[0], key=lambda q: len(q.demonstration))
+    assert len(tokenizer(longest.demonstration).input_ids) + 1 <= config().max_completion_tokens
+
+
+def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another_order():
+    questions = [Question(str(i), "0") for i in range(10)]
+    ranks = [cppo.question_stream(questions, 42, rank, 3) for rank in range(3)]
+    shares = (4, 3, 3)  # 10 cards, 3 players
+    epochs = [
+        [q.prompt for r, n in zip(ranks, shares, strict=True) for q in itertools.islice(r, n)]
+        for _ in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [str(i) for i in range(10)]
+    assert epochs[0] != epochs[1]
+
+
+def gsm8k_row(question: str, answer: str) -> dict:
+    return {"question": question, "answer": answer}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_questions_load_from_any_kind_of_file(kind, tmp_path):
+    import datasets
+
+    rows = [
+        gsm8k_row("How many?", "48/2 = <<48/2=24>>24 clips.\n24+48 = <<24+48=72>>72.\n#### 72"),
+        gsm8k_row("And in all?", "1,234"),
+        gsm8k_row("And now?", "0"),
+    ]
+    file = str(tmp_path / f"data.{kind}")
+    table = datasets.Dataset.from_list(rows)
+    getattr(table, f"to_{kind.replace('jsonl', 'json')}")(file)
+    first, second, third = cppo.gsm8k_questions(file, "train")
+    assert first.prompt[1] == {"role": "user", "content": "How many?"}
+    assert (first.answer, second.answer, third.answer) == ("72", "1,234", "0")
+    assert first.demonstration == (
+        "<think>48/2 = 24 clips.\n24+48 = 72.</think>\n<answer>72</answer>"
+    )
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_numbers_as_answers_stay_as_they_are_written(kind, tmp_path):
+    text = "question,answer\na,0\nb,3\nc,2.50\n"
+    if kind == "jsonl":
+        text = '{"question": "a", "answer": 0}\n{"question": "b", "answer": 3}\n'
+    (tmp_path / f"data.{kind}").write_text(text)
+    answers = [q.answer for q in cppo.gsm8k_questions(str(tmp_path / f"data.{kind}"), "test")]
+    assert answers == ["0", "3", "2.50"][: len(answers)]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"question": "a"}\n', "answer"),
+        ('{"question": "a", "answer": ""}\n', "row 1"),
+        ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": null}\n', "row 2"),
+        ('{"question": "a", "ans', "cannot be loaded"),
+        ("", "data.jsonl"),
+    ],
+)
+def test_a_bad_data_file_is_one_line_that_names_it(content, says, tmp_path):
+    (tmp_path / "data.jsonl").write_text(content)
+    with pytest.raises(UserError) as error:
+        cppo.gsm8k_questions(str(tmp_path / "data.jsonl"), "train")
+    assert says in str(error.value) and "data.jsonl" in str(error.value)
+
+
+def test_messages_go_through_the_chat_template_and_text_does_not():
+    _, tokenizer = cppo.tiny_model_and_tokenizer()
+    chat = [{"role": "system", "content": "1+"}, {"role": "user", "content": "2"}]
+    (plain,) = cppo.encode_prompts([Question(chat, "3")], tokenizer)
+    assert tokenizer.decode(plain.prompt_ids) == "1+\n\n2\n\n"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '=' if m.role == 'user' else '<think>' }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
+    )
+    encoded = cppo.encode_prompts([Question(chat, "3"), Question("1+2=", "3")], tokenizer)
+    texts = [tokenizer.decode(q.prompt_ids) for q in encoded]
+    assert texts == ["<think>1+=2</think>", "1+2="]
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
+@pytest.mark.parametrize("eos_ids", [[1, 2, 5], [0, 6, 7], [0, 3, 4]])  # 0 also fills padding
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_ratio_is_1_before_any_update(family, eos_ids, temperature):
+    model = tiny(family)
+    torch.manual_seed(0)
+    sampled = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids, sample_batch=12)
+    prompts = [p for p in PROMPTS for _ in range(6)]
+    rows = [Completion(p, ids, lps) for p, (ids, lps) in zip(prompts, sampled, strict=True)]
+    assert len({len(row.token_ids) for row in rows}) > 2  # rows did finish early
+    batch = cppo.make_batch(rows)
+    with torch.no_grad():
+        log_probs = cppo.token_log_probs(model, batch, temperature)
+        ratio = torch.exp(log_probs - batch.sampled_log_probs)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
+    for i, row in enumerate(rows):  # and both agree with a forward pass of the row alone
+        alone = naive_log_probs(model, row, temperature)
+        torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=1e-5)
+
+
+def test_a_completion_ends_with_its_first_eos_or_at_the_limit():
+    torch.manual_seed(0)
+    sampled = cppo.sample_completions(tiny("qwen2"), PROMPTS, 16, 8, 1.0, [1, 2])
+    ends = Counter()
+    for ids, log_probs in sampled:
+        assert len(ids) == len(log_probs) <= 8
+        assert not {1, 2} & set(ids[:-1])
+        assert ids[-1] in (1, 2) or len(ids) == 8
+        ends[ids[-1] in (1, 2)] += 1
+    assert min(ends.values()) > 5  # both kinds were seen
+
+
+def test_completions_come_question_major_in_the_order_of_the_prompts():
+    # A model that can only repeat the prompt's last token shows whose completion it is.
+    class Echo(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, past_key_values=None, **_):
+            logits = torch.nn.functional.one_hot(input_ids, 20) * 1e4
+            cache = past_key_values or transformers.DynamicCache()
+            return transformers.modeling_outputs.CausalLMOutputWithPast(
+                logits=logits.float(), past_key_values=cache
+            )
+
+    sampled = cppo.sample_completions(Echo(), PROMPTS, 3, 2, 1.0, [1], sample_batch=6)
+    assert [ids for ids, _ in sampled] == [[p[-1]] * 2 for p in PROMPTS for _ in range(3)]
+
+
+def test_greedy_decoding_takes_the_likeliest_token_each_time():
+    model = tiny("llama")
+    sampled = cppo.sample_completions(model, PROMPTS, 1, 10, 0.0, [1])
+    for prompt, (ids, _) in zip(PROMPTS, sampled, strict=True):
+        so_far, want = list(prompt), []
+        while len(want) < 10 and (not want or want[-1] != 1):
+            want.append(int(model(torch.tensor([so_far])).logits[0, -1].argmax()))
+            so_far.append(want[-1])
+        assert ids == want
+
+
+def test_a_prompt_is_read_once_for_its_G_completions_and_finished_rows_leave():
+    model = tiny("qwen2")
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    cppo.sample_completions(model, PROMPTS, 8, 30, 1.0, [1, 2, 3, 4])
+    assert shapes[0] == (4, 5)  # Q prompts, not Q G
+    live = [rows for rows, width in shapes[1:] if width == 1]
+    assert len(live) == len(shapes) - 1 and live[0] <= 32 and live[-1] < 8
+    assert live == sorted(live, reverse=True)
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says():
+    logits, temperature, draws = torch.tensor([2.0, 0.0, 1.0, -1.0, -math.inf, 0.5]), 0.8, 40_000
+    expected = (logits / temperature).softmax(-1) * draws
+    torch.manual_seed(0)
+    tokens, log_probs = cppo.draw_tokens(logits.expand(draws, -1), temperature)
+    counts = torch.bincount(tokens, minlength=6)
+    assert counts[4] == 0  # probability 0
+    possible = expected > 0
+    chi2 = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    p_value = torch.special.gammaincc(torch.tensor(4 / 2), chi2 / 2)  # 5 - 1 degrees of freedom
+    assert p_value > 1e-3  # a right sampler fails for 1 seed in 1000
+    torch.testing.assert_close(log_probs, (logits / temperature).log_softmax(-1)[tokens])
+
+
+def test_whole_completions_are_drawn_as_often_as_the_model_says():
+    # Two tokens after a ragged prompt: 16 sequences that end at the limit or at EOS = 0.
+    model, draws = tiny("gpt2", vocabulary=4), 8000
+    torch.manual_seed(0)
+    sampled = cppo.sample_completions(model, [[3], [2, 1, 3]], draws, 2, 1.5, [0], 2 * draws)
+    for prompt, group in (([3], sampled[:draws]), ([2, 1, 3], sampled[draws:])):
+        counts = Counter(tuple(ids) for ids, _ in group)
+        outcomes = [(0,), *itertools.product((1, 2, 3), range(4))]
+        assert set(counts) <= set(outcomes)
+        chi2 = 0.0
+        for ids in outcomes:
+            with torch.no_grad():
+                log_prob = naive_log_probs(model, Completion(prompt, list(ids)), 1.5).sum()
+            expected = draws * log_prob.exp().item()
+            chi2 += (counts[ids] - expected) ** 2 / expected
+        degrees = torch.tensor((len(outcomes) - 1) / 2)
+        assert torch.special.gammaincc(degrees, torch.tensor(chi2 / 2)) > 1e-3  # 1 seed in 1000
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+def right_form(answer: str) -> str:
+    return f"<think>hm</think>\n<answer>{answer}</answer>"
+
+
+REWARDS = [  # completion, right answer, format reward, accuracy reward
+    # the form
+    (right_form("72"), "72", 1, 2),
+    ("<think></think>\n<answer>72</answer>", "72", 1, 2),
+    ("<think>a\nb\n\nc</think>\n<answer>\n72\n</answer>", "72", 1, 2),
+    ("<think>hm</think><answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think> <answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\n\n<answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\r\n<answer>72</answer>", "72", 0, 2),
+    (" <think>hm</think>\n<answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\n<answer>72</answer>\n", "72", 0, 2),
+    ("<think>hm</think>\n<answer>72</answer> I am sure.", "72", 0, 2),
+    ("Well. <think>hm</think>\n<answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\n<answer>72", "72", 0, 0),
+    ("<think>hm\n<answer>72</answer>", "72", 0, 2),
+    ("hm</think>\n<answer>72</answer>", "72", 0, 2),
+    ("<answer>72</answer>", "72", 0, 2),
+    ("<answer>72</answer>\n<think>hm</think>", "72", 0, 2),
+    ("<think><think>hm</think>\n<answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\n<answer>71</answer>\n<answer>72</answer>", "72", 0, 2),
+    ("<think>hm</think>\n<answer>72</answer>\n<answer>71</answer>", "72", 0, 0),
+    ("<Think>hm</Think>\n<Answer>72</Answer>", "72", 0, 0),
+    ("72", "72", 0, 0),
+    ("", "72", 0, 0),
+    # no answer is never right
+    ("", "", 0, 0),
+    (right_form(""), "", 1, 0),
+    (right_form(" "), "", 1, 0),
+    (right_form("None"), "72", 1, 0),
+    # the same number, written otherwise
+    (right_form("72.0"), "72", 1, 1.5),
+    (right_form("72.00"), "72.", 1, 1.5),
+    (right_form("72."), "72", 1, 1.5),
+    (right_form("072"), "72", 1, 1.5),
+    (right_form("+72"), "72", 1, 1.5),
+    (right_form("$72"), "72", 1, 1.5),
+    (right_form("$72.00."), "72", 1, 1.5),
+    (right_form("72%"), "72", 1, 1.5),
+    (right_form("1234"), "1,234", 1, 1.5),
+    (right_form("1,234,567.50"), "1234567.5", 1, 1.5),
+    (right_form("-$5"), "-5", 1, 1.5),
+    (right_form("$-5"), "-5", 1, 1.5),
+    (right_form("\N{MINUS SIGN}5"), "-5", 1, 1.5),
+    (right_form(".5"), "0.5", 1, 1.5),
+    (right_form("-0"), "0", 1, 1.5),
+    (right_form("1,234"), "1,234", 1, 2),
+    (right_form("x = 3"), "x = 3", 1, 2),
+    # other numbers, or none
+    (right_form("-72"), "72", 1, 0),
+    (right_form("72"), "-72", 1, 0),
+    (right_form("7.2"), "72", 1, 0),
+    (right_form("12,34"), "1234", 1, 0),
+    (right_form("1,2345"), "12345", 1, 0),
+    (right_form("72 clips"), "72", 1, 0),
+    (right_form("70+2"), "72", 1, 0),
+    (right_form("7 2"), "72", 1, 0),
+    (right_form("7.2e1"), "72", 1, 0),
+    (right_form("+-72"), "-72", 1, 0),
+    (right_form("--72"), "72", 1, 0),
+    (right_form("$"), "0", 1, 0),
+    (right_form("."), "0", 1, 0),
+    (right_form("%"), "0", 1, 0),
+    (right_form("inf"), "inf.", 1, 0),
+    (right_form("nan"), "NaN", 1, 0),
+    (right_form("٧٢"), "72", 1, 0),
+    (right_form("0.1000000000000000055511151231257827"), "0.1", 1, 0),  # equal in floats only
+]
+
+
+@pytest.mark.parametrize(("text", "answer", "form", "accuracy"), REWARDS)
+def test_rewards_of_a_table_of_completions(text, answer, form, accuracy):
+    assert (cppo.format_reward(text), cppo.accuracy_reward(text, answer)) == (form, accuracy)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *cppo.TAGS,
+        "<think></think>\n<answer>",
+        "<",
+        "9",
+        "1,",
+        ",111",
+        "-",
+        "$",
+        ".",
+        "0.",
+        "%",
+        " ",
+    ],
+)
+def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
+    # Quadratic time would be 1e12 steps here: this test would not end.
+    flood = piece * (1_000_000 // len(piece))
+    for text in (flood, right_form(flood), right_form(flood + "x"), right_form("1" + flood + "x")):
+        cppo.format_reward(text)
+        cppo.accuracy_reward(text, "72")
+        cppo.accuracy_reward(right_form("72"), text)
+
+
+# --- Advantages -----------------------------------------------------------------------------------
+def test_advantages_by_hand():
+    # mean 1, deviations (2, 0, -1, -1), std = sqrt(6 / 3)
+    rewards = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 3]], dtype=F64)
+    s = math.sqrt(2) + 1e-4
+    want = torch.tensor([[2 / s, 0, -1 / s, -1 / s], [0, 0, 0, 0]], dtype=F64)
+    torch.testing.assert_close(cppo.group_advantages(rewards), want)
+
+
+def test_one_lucky_completion_in_16_has_advantage_3_75_and_the_others_a_quarter():
+    rewards = torch.zeros(1, 16, dtype=F64)
+    rewards[0, 5] = 2.0  # mean 1/8, std 1/2
+    advantages = cppo.group_advantages(rewards)
+    assert advantages[0, 5].item() == pytest.approx(3.75, abs=1e-3)
+    assert advantages[0, 0].item() == pytest.approx(-0.25, abs=1e-3)
+
+
+def test_advantages_of_a_question_do_not_depend_on_other_questions():
+    rewards = torch.rand(5, 7, dtype=F64)
+    together = cppo.group_advantages(rewards)
+    alone = torch.cat([cppo.group_advantages(row[None]) for row in rewards])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(together.mean(1), torch.zeros(5, dtype=F64))
+
+
+# --- Pruning --------------------------------------------------------------------------------------
+def kept(advantages, k, **options):
+    """The indices that prune keeps, question by question."""
+    mask = cppo.prune(torch.tensor(advantages, dtype=F64), k, **options)
+    return [row.nonzero()[:, 0].tolist() for row in mask]
+
+
+def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question():
+    advantages = [[0.1, -2.0, 1.0, 0.9], [0.01, 0.02, -0.03, 0.0]]
+    assert kept(advantages, 2) == [[1, 2], [1, 2]]  # per question: the second is not crowded out
+    assert kept(advantages, 4) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_pruning_breaks_ties_to_the_lowest_index():
+    assert kept([[1.0, -1.0, 1.0, -1.0]], 2) == [[0, 1]]
+    assert kept([[0.5, -1.0, 1.0, 0.5]], 3) == [[0, 1, 2]]
+    assert kept([[0.0] * 40], 3) == [[0, 1, 2]]
+
+
+def test_pruning_by_each_of_the_four_criteria_of_the_paper():
+    advantages = [[0.1, -2.0, 1.0, -0.9]]
+    assert kept(advantages, 2, by="abs_advantage") == [[1, 2]]
+    assert kept(advantages, 2, by="advantage") == [[0, 2]]
+    assert kept(advantages, 2, by="smallest") == [[0, 3]]
+    torch.manual_seed(0)
+    seen = Counter(i for _ in range(600) for i in kept(advantages, 2, by="random")[0])
+    assert all(240 < seen[i] < 360 for i in range(4))  # each half of the time: 5 sigma
+
+
+def test_pruning_with_gamma_keeps_at_most_k_and_none_below_it():
+    advantages = [[0.1, -2.0, 1.0, 0.9], [0.0, 0.0, 0.0, 0.0]]
+    assert kept(advantages, 3, gamma=0.95) == [[1, 2], []]
+    assert kept(advantages, 3, gamma=1.0) == [[1, 2], []]  # at the threshold it stays
+    assert kept(advantages, 1, gamma=0.95) == [[1], []]
+    assert kept(advantages, 3, gamma=1e-6) == [[1, 2, 3], []]  # a tiny one drops dead groups
+
+
+def test_pruning_equals_a_slow_loop_on_a_thousand_groups_with_many_ties():
+    torch.manual_seed(0)
+    advantages = torch.randint(-3, 4, (1000, 8)).double()
+    for k in range(1, 9):
+        mask = cppo.prune(advantages, k)
+        for row, kept_row in zip(advantages.tolist(), mask.tolist(), strict=True):
+            best = sorted(range(8), key=lambda i: (-abs(row[i]), i))[:k]
+            assert kept_row == [i in best for i in range(8)]
+
+
+# --- Refill ---------------------------------------------------------------------------------------
+def metrics_of(ledger: Counter, **more) -> dict:
+    """step_metrics of a ledger to which not every part of a step has added."""
+    names = " ".join([*cppo.DENOMINATORS, *cppo.DENOMINATORS.values()]).split()
+    return cppo.step_metrics(Counter(dict.fromkeys(names, 0) | ledger | more), "cpu")
+
+
+def fake_draw(rewards_of, calls=None):
+    """A sampler whose i-th question gets the rewards rewards_of(i)."""
+    asked = itertools.count()
+
+    def draw(questions):
+        if calls is not None:
+            calls.append(len(questions))
+        return [
+            Completion([1], [2, 3], truncated=r < 0, accuracy=float(r), log_probs=[0.0, 0.0])
+            for _ in questions
+            for r in rewards_of(next(asked))
+        ]
+
+    return draw
+
+
+def stream(n=1000):
+    return iter([Question(str(i), "0") for i in range(n)])
+
+
+def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times_the_questions():
+    settings = config(group_size=4, pruning_rate=0.5, batch_size=8)
+    calls = []
+    rows, ledger = cppo.collect_batch(
+        fake_draw(lambda i: [i, 0, 2, 5], calls), stream(), 8, settings
+    )
+    assert calls == [4]  # the paper's figure: GRPO would have asked 2 questions for its 8 slots
+    assert len(rows) == ledger["kept"] == 8
+    assert (ledger["questions"], ledger["sampled"], ledger["dropped"]) == (4, 16, 0)
+    assert [row.reward for row in rows].count(5) == 4
+
+
+def test_refill_of_P_0_is_GRPO_all_completions_of_as_many_questions_as_fit():
+    settings = config(group_size=4, pruning_rate=0.0)
+    rows, ledger = cppo.collect_batch(fake_draw(lambda i: [0, 0, 0, 1]), stream(), 8, settings)
+    assert len(rows) == 8 and ledger["questions"] == 2 and ledger["pruned"] == 0
+
+
+def test_refill_drops_the_lowest_absolute_advantages_where_the_last_questions_bring_too_many():
+    # k = 2, room 5: 3 questions bring 6. |A| is 1.5 for the lone 3, 0.87 in the even group.
+    groups = [[0, 0, 0, 3], [0, 0, 3, 3], [0, 0, 0, 3]]
+    settings = config(group_size=4, pruning_rate=0.5)
+    rows, ledger = cppo.collect_batch(fake_draw(lambda i: groups[i]), stream(), 5, settings)
+    assert ledger["dropped"] == 1 and ledger["kept"] == len(rows) == 5
+    sizes = sorted((round(abs(row.advantage), 2) for row in rows), reverse=True)
+    assert sizes == [1.5, 1.5, 0.87, 0.87, 0.5]  # of 1.5, 1.5, 0.87, 0.87, 0.5, 0.5
+
+
+def test_refill_drops_by_the_criterion_that_prunes():
+    groups = [[0, 0, 0, 3], [0, 0, 3, 3], [0, 0, 0, 3]]  # smallest: 0.5 0.5, 0.87 0.87, 0.5 0.5
+    settings = config(group_size=4, pruning_rate=0.5, prune_by="smallest")
+    rows, _ = cppo.collect_batch(fake_draw(lambda i: groups[i]), stream(), 5, settings)
+    assert [round(abs(row.advantage), 2) for row in rows] == [0.5, 0.5, 0.87, 0.5, 0.5]
+
+
+def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups():
+    calls = []
+    draw = fake_draw(lambda i: [0, 0, 0, 3] if i % 2 else [1, 1, 1, 1], calls)
+    settings = config(group_size=4, pruning_rate=0.5, gamma=1e-6, max_refill_rounds=9)
+    rows, ledger = cppo.collect_batch(draw, stream(), 8, settings)
+    assert calls == [4, 2, 1, 1] and ledger["refill_rounds"] == 4  # half of each round is dead
+    assert len(rows) == 8 and ledger["dead_groups"] == 4 and ledger["questions"] == 8
+    assert all(abs(row.advantage) > 0.4 for row in rows)
+
+
+def test_refill_gives_up_after_max_refill_rounds_and_trains_on_what_there_is():
+    calls = []
+    settings = config(group_size=4, pruning_rate=0.5, gamma=1e-6, max_refill_rounds=3)
+    rows, ledger = cppo.collect_batch(fake_draw(lambda i: [1] * 4, calls), stream(), 8, settings)
+    assert rows == [] and calls == [4, 4, 4]
+    assert ledger["dead_groups"] == ledger["questions"] == 12 and ledger["kept"] == 0
+
+
+def test_refill_of_rewards_that_floats_cannot_hold_still_sees_equal_ones_as_equal():
+    settings = config(group_size=10, pruning_rate=0.5, gamma=1e-6, max_refill_rounds=1)
+    rows, ledger = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10), stream(), 5, settings)
+    assert rows == [] and ledger["dead_groups"] == 1
+
+
+def test_no_refill_asks_batch_over_G_questions_and_trains_on_k_of_each():
+    calls = []
+    settings = config(group_size=4, pruning_rate=0.75, refill=False)
+    rows, ledger = cppo.collect_batch(
+        fake_draw(lambda i: [0, 0, 0, 3], calls), stream(), 16, settings
+    )
+    assert calls == [4] and len(rows) == 4 and ledger["questions"] == 4
+    assert all(row.reward == 3 for row in rows)
+
+
+def test_the_ledger_counts_by_hand():
+    settings = config(group_size=4, pruning_rate=0.75)
+    draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
+    _, ledger = cppo.collect_batch(draw, stream(), 2, settings)
+    metrics = metrics_of(ledger, loss=4.0)
+    assert metrics["reward"] == 10 / 8 and metrics["accuracy"] == 5 / 8 and metrics["format"] == 0
+    assert metrics["completion_tokens"] == 2 and metrics["sampled_tokens"] == 16
+    assert metrics["trained_tokens"] == 4 and metrics["loss"] == 4 / 2
+    # the lone 2: mean 1/2, std 1, |A| = 1.5, the rest 0.5; the group of equal rewards has A = 0
+    assert metrics["abs_advantage_kept"] == pytest.approx(1.5 / 2, abs=1e-3)
+    assert metrics["abs_advantage_pruned"] == pytest.approx(3 * 0.5 / 6, abs=1e-3)
+
+
+def test_an_average_of_nothing_is_null_and_not_0():
+    settings = config(group_size=4, pruning_rate=0.0)
+    _, ledger = cppo.collect_batch(fake_draw(lambda i: [0, 0, 0, 2]), stream(), 4, settings)
+    assert metrics_of(ledger)["abs_advantage_pruned"] is None
+
+
+# --- Log-probabilities ----------------------------------------------------------------------------
+def test_micro_batches_hold_every_row_once_within_the_limit_and_little_padding():
+    rows = some_rows(50, longest=30)
+    packs = cppo.pack(rows, 100)
+    assert Counter(map(id, itertools.chain(*packs))) == Counter(map(id, rows))
+    for some in packs:
+        assert len(some) == 1 or len(some) * max(r.num_tokens for r in some) <= 100
+    padding = sum(
+        len(p) * max(r.num_tokens for r in p) - sum(r.num_tokens for r in p) for p in packs
+    )
+    assert padding < 0.15 * sum(r.num_tokens for r in rows)
+    assert cppo.pack(some_rows(3, longest=30), 1) != [] and len(cppo.pack(rows, 1)) == 50
+
+
+def test_a_batch_by_hand():
+    rows = [Completion([5, 6], [7, 1], [-0.5, -0.25], advantage=2.0), Completion([8], [9, 9, 1])]
+    batch = cppo.make_batch(rows)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 1], [8, 9, 9, 1]]
+    assert batch.predicts.int().tolist() == [[0, 1, 1, 0], [1, 1, 1, 0]]
+    assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.sampled_log_probs.tolist() == [[-0.5, -0.25, 0], [0, 0, 0]]
+    assert batch.advantages.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
+def test_log_probs_of_padded_rows_are_those_of_each_row_alone(family):
+    model, rows = tiny(family), some_rows(9)
+    log_probs = cppo.token_log_probs(model, cppo.make_batch(rows), temperature=1.3)
+    for i, row in enumerate(rows):
+        alone = naive_log_probs(model, row, temperature=1.3)
+        torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=1e-5)
+        assert (log_probs[i, len(alone) :] == 0).all()
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+def tensors(*values):
+    return [torch.tensor(v, dtype=F64, requires_grad=i == 0) for i, v in enumerate(values)]
+
+
+def loss_of(ratio, advantage, eps=0.2, beta=0.0, ref_ratio=1.0):
+    """The loss of one token, its gradient with respect to log pi_theta, and the statistics."""
+    log_probs, old, ref = tensors(
+        [[math.log(ratio) - 1.0]], [[-1.0]], [[math.log(ratio * ref_ratio) - 1.0]]
+    )
+    advantages, mask = torch.tensor([advantage], dtype=F64), torch.tensor([[True]])
+    losses, statistics = cppo.cppo_loss(log_probs, old, ref, advantages, mask, eps, beta)
+    losses.sum().backward()
+    return losses.item(), log_probs.grad.item(), {k: v.item() for k, v in statistics.items()}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient", "is_clipped"),
+    [
+        (1.0, 2.0, -2.0, -2.0, 0),
+        (1.1, 2.0, -2.2, -2.2, 0),
+        (1.5, 2.0, -2.4, 0.0, 1),  # above 1 + eps and wanted more: held at 1.2 A
+        (1.5, -2.0, 3.0, 3.0, 0),  # above 1 + eps but unwanted: free to come back
+        (0.5, -2.0, 1.6, 0.0, 1),  # below 1 - eps and unwanted: held at 0.8 A
+        (0.5, 2.0, -1.0, -1.0, 0),  # below 1 - eps but wanted: free to come back
+        (1.5, 0.0, 0.0, 0.0, 0),
+    ],
+)
+def test_the_clipped_loss_and_its_gradient_by_hand(ratio, advantage, loss, gradient, is_clipped):
+    got, grad, statistics = loss_of(ratio, advantage)
+    assert got == pytest.approx(loss, abs=1e-12) and grad == pytest.approx(gradient, abs=1e-12)
+    assert statistics["clip_fraction"] == is_clipped
+
+
+def test_the_kl_term_and_its_gradient_by_hand():
+    # pi_ref / pi_theta = 2: KL = 2 - log 2 - 1, d KL / d log pi_theta = 1 - 2
+    got, grad, statistics = loss_of(1.0, 3.0, beta=0.04, ref_ratio=2.0)
+    assert statistics["kl"] == pytest.approx(1 - math.log(2), abs=1e-12)
+    assert got == pytest.approx(-(3.0 - 0.04 * (1 - math.log(2))), abs=1e-12)
+    assert grad == pytest.approx(-(3.0 + 0.04 * (2 - 1)), abs=1e-12)
+    assert loss_of(1.0, 3.0, beta=0.04)[2]["kl"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions():
+    # Lengths 1 and 3: every token of the short one weighs 1, of the long one 1/3. Padding nothing.
+    log_probs, old = tensors([[0.0, 9.0, 9.0], [0.0, 0.0, 0.0]], [[0.0] * 3] * 2)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    losses, statistics = cppo.cppo_loss(
+        log_probs, old, None, torch.tensor([2.0, -1.0], dtype=F64), mask, 0.2, 0.0
+    )
+    assert losses.tolist() == [-2.0, 1.0] and losses.shape == statistics["kl"].shape == (2,)
+    losses.sum().backward()
+    third = pytest.approx(1 / 3)
+    assert log_probs.grad.tolist() == [[-2.0, 0.0, 0.0], [third, third, third]]
+
+
+def test_the_gradient_of_random_losses_is_the_papers_formula():
+    # 1/|o_i| [rho A_i + beta (pi_ref / pi_theta - 1)], its sign turned, where nothing is clipped
+    torch.manual_seed(0)
+    old, ref = -torch.rand(6, 5, dtype=F64), -torch.rand(6, 5, dtype=F64)
+    log_probs = (old + 0.1 * torch.rand(6, 5, dtype=F64)).requires_grad_()
+    advantages, lengths = torch.randn(6, dtype=F64), torch.tensor([1, 2, 3, 4, 5, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    losses, _ = cppo.cppo_loss(log_probs, old, ref, advantages, mask, 0.2, 0.3)
+    losses.sum().backward()
+    with torch.no_grad():
+        ratio, ref_ratio = (log_probs - old).exp(), (ref - log_probs).exp()
+        want = -(ratio * advantages[:, None] + 0.3 * (ref_ratio - 1)) * mask / lengths[:, None]
+    torch.testing.assert_close(log_probs.grad, want)
+
+
+# --- Update ---------------------------------------------------------------------------------------
+def test_update_of_unpruned_groups_equals_a_naive_grpo():
+    """P = 0 is GRPO: two groups of 4, one completion at a time, an old policy of its own."""
+    model, eos = tiny("qwen2"), [1]
+    settings = config(group_size=4, pruning_rate=0.0, max_grad_norm=0.5,
+                      temperature=0.9, tokens_per_microbatch=20)  # fmt: skip
+    torch.manual_seed(3)
+    sampled = cppo.sample_completions(model, PROMPTS[:2], 4, 8, 0.9, eos)
+    rewards = [[3.0, 1.0, 0.0, 1.0], [0.0, 2.5, 2.5, 0.0]]
+    completions = [
+        Completion(PROMPTS[i // 4], ids, lps, accuracy=rewards[i // 4][i % 4])
+        for i, (ids, lps) in enumerate(sampled)
+    ]
+    rows, ledger = cppo.collect_batch(lambda _: completions, stream(), 8, settings)
+    ours, reference = copy.deepcopy(model), tiny("llama")
+    cppo.update(ours, reference, *plain_sgd(ours), rows, ledger, settings)
+
+    naive, old = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer, _ = plain_sgd(naive)
+    for _ in range(2):
+        loss = 0.0
+        for group in range(2):
+            r = torch.tensor(rewards[group])
+            A = (r - r.mean()) / (r.std() + 1e-4)
+            for i in range(4):
+                row = completions[group * 4 + i]
+                with torch.no_grad():
+                    lp_old, lp_ref = (naive_log_probs(m, row, 0.9) for m in (old, reference))
+                lp = naive_log_probs(naive, row, 0.9)
+                for t in range(len(row.token_ids)):
+                    rho = torch.exp(lp[t] - lp_old[t])
+                    kl = torch.exp(lp_ref[t] - lp[t]) - (lp_ref[t] - lp[t]) - 1
+                    term = torch.min(rho * A[i], rho.clamp(0.8, 1.2) * A[i]) - 0.04 * kl
+                    loss = loss - term / len(row.token_ids) / 4 / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(naive.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b, start in zip(ours.parameters(), naive.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert (a - start).abs().max() > 1e-3  # both have moved
+
+
+def test_update_reports_means_over_completions_and_iterations():
+    rows, model = some_rows(6), tiny("llama")
+    for row in rows:
+        row.log_probs = (naive_log_probs(model, row, 1.0).detach() + 0.5).tolist()
+    ledger = Counter(kept=6)
+    settings = config(num_iterations=2, tokens_per_microbatch=30, learning_rate=1e-9)
+    optimizer, schedule = cppo.make_optimizer(model, 1e-9, 4, 0.0)  # weights as good as fixed
+    cppo.update(model, copy.deepcopy(model), optimizer, schedule, rows, ledger, settings)
+    metrics = metrics_of(ledger)
+    # ratio 1 and KL 0: each completion's loss is -A
+    assert metrics["loss"] == pytest.approx(-sum(r.advantage for r in rows) / 6, abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
+    assert metrics["sampling_gap"] == pytest.approx(0.5, abs=1e-5)
+    packs = cppo.pack(rows, 30)
+    widths = sum(len(p) * max(r.num_tokens for r in p) for p in packs)
+    assert metrics["padded_tokens"] == widths - sum(r.num_tokens for r in rows)
+
+
+@pytest.mark.parametrize("tokens_per_microbatch", [1, 15, 40, 90])
+def test_update_gives_the_same_gradient_for_any_split_into_micro_batches(tokens_per_microbatch):
+    rows = some_rows(12)
+    whole = gradients_of_update(rows, tokens_per_microbatch=10**6)
+    split = gradients_of_update(rows, tokens_per_microbatch=tokens_per_microbatch)
+    assert max(g.abs().max() for g in whole) > 1e-2
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_update_without_rows_leaves_the_weights_alone():
+    model = tiny("llama")
+    before = copy.deepcopy(model.state_dict())
+    optimizer, schedule = cppo.make_optimizer(model, 1e-2, 4, 0.0)
+    ledger = Counter()
+    norm = cppo.update(model, model, optimizer, schedule, [], ledger, config())
+    assert norm == 0
+    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def test_the_learning_rate_rises_for_the_warm_up_and_falls_along_a_cosine():
+    model = tiny("llama")
+    optimizer, schedule = cppo.make_optimizer(model, 1.0, 20, 0.1)
+    rates = []
+    for _ in range(21):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == [0.0, 0.5, 1.0]
+    assert rates[11] == pytest.approx(0.5) and rates[20] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("split", ["5 7", "12 0", "1 11"])
+def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(split, tmp_path):
+    result = run("--worker", tmp_path / "gradients.pt", split, ranks=2, script="test_cppo.py")
+    assert result.returncode == 0, result.stderr
+    two_ranks = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for a, b in zip(gradients_of_update(some_rows(12)), two_ranks, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def gradient_worker(file: str, split: str):
+    """One of two ranks: its share of the rows, in micro-batches of its own size."""
+    rank, _, _ = cppo.init_distributed()
+    model, reference = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.mul_(1.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    policy = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+    first = int(split.split()[0])
+    rows = some_rows(12)[:first] if rank == 0 else some_rows(12)[first:]
+    settings = config(num_iterations=1, max_grad_norm=1e9, tokens_per_microbatch=15 + 20 * rank)
+    cppo.update(policy, reference, *plain_sgd(policy), rows, Counter(), settings)
+    if rank == 0:
+        torch.save([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)], file)
+    torch.distributed.destroy_process_group()
+
+
+# --- Evaluation and output ------------------------------------------------------------------------
+def test_evaluation_scores_every_question_once_however_they_are_batched_and_sharded():
+    model, tokenizer = cppo.tiny_model_and_tokenizer()
+    torch.manual_seed(0)
+    _, test = cppo.arithmetic_questions()
+    test = cppo.encode_prompts(test[:37], tokenizer)
+    settings = config(sample_batch=16)
+    scores = [
+        cppo.evaluate(model, tokenizer, test, rank, 3, settings)["eval_questions"]
+        for rank in range(3)
+    ]
+    assert scores == [13, 12, 12]
+    answers = {tuple(q.prompt_ids): q.answer for q in test}
+
+    def teach(_model, prompts, group_size, *_):  # right for two questions of three
+        ids = [tokenizer(right_form(answers[tuple(p)])).input_ids for p in prompts]
+        return [(x if i % 3 else [1], [0.0] * len(x)) for i, x in enumerate(ids)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cppo, "sample_completions", teach)
+        patch.setattr(tokenizer, "batch_decode", lambda ids, **_: [
+            tokenizer.decode(x, skip_special_tokens=True).replace("hm", "") for x in ids
+        ])  # fmt: skip
+        score = cppo.evaluate(model, tokenizer, test, 0, 1, settings)
+    # chunks of 16, 16 and 5 questions: 10 + 10 + 3 right
+    assert score["eval_accuracy"] == 23 / 37 and score["eval_questions"] == 37
+
+
+def test_the_sparkline_shows_the_mean_of_each_share():
+    assert cppo.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert cppo.sparkline([0, 0, 7, 7], width=2) == "▁█"
+    assert cppo.sparkline([2.0, 2.0]) == "▁▁"
+    assert len(cppo.sparkline(list(range(1000)))) == 40
+
+
+# --- Whole runs, as a user runs them --------------------------------------------------------------
+STEP_KEYS = """
+    step epoch questions sampled kept dropped dead_groups refill_rounds reward accuracy format
+    completion_tokens truncated sampled_tokens trained_tokens padded_tokens abs_advantage_kept
+    abs_advantage_pruned loss kl clip_fraction grad_norm learning_rate sample_seconds train_seconds
+    step_seconds""".split()
+SHORT = "--warm_start_steps 12 --steps 3 --eval_questions 64 --batch_size 32".split()
+
+
+def without_seconds(metrics: list[dict]) -> list[dict]:
+    return [{k: v for k, v in m.items() if not k.endswith("_seconds")} for m in metrics]
+
+
+@pytest.mark.slow
+def test_the_main_job_learns_to_carry(tmp_path):
+    result = run("--output_dir", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("cppo: task arithmetic")
+    _, before, *steps, after = read_metrics(tmp_path / "run")
+    assert len(steps) == 30 and all(set(STEP_KEYS) <= set(step) for step in steps)
+    assert before["eval_questions"] == after["eval_questions"] == 512
+    assert 0.4 <= before["eval_accuracy"] <= 0.8 and after["eval_accuracy"] >= 0.97
+    assert all(step["kept"] == 128 and step["sampled"] == 64 * 16 for step in steps)
+    assert steps[0]["learning_rate"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert max(step["sampling_gap"] for step in steps) < 1e-4
+    for step in steps:  # pruning kept what teaches most
+        assert step["abs_advantage_kept"] > (step["abs_advantage_pruned"] or 0)
+    for word in ("accuracy ", "questions ", "trained ", "seconds ", "reward ", "model "):
+        assert f"\n{word}" in result.stdout
+    assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
+    # the checkpoint is a Hugging Face folder that answers a sum
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")
+    ids = model.generate(**tokenizer("68+57=", return_tensors="pt"), max_new_tokens=32)
+    assert cppo.extract_answer(tokenizer.decode(ids[0])) == "125"
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_batch_and_end_with_one_model(tmp_path):
+    result = run("--output_dir", tmp_path / "run", *SHORT, ranks=2)
+    assert result.returncode == 0, result.stderr
+    _, before, *steps, after = read_metrics(tmp_path / "run")
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert before["eval_questions"] == after["eval_questions"] == 64
+    assert all(s["kept"] == 32 and s["questions"] == 16 and s["ranks"] == 2 for s in steps)
+    assert max(step["sampling_gap"] for step in steps) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_gives_the_same_metrics_bit_for_bit(tmp_path):
+    for name in ("a", "b"):
+        assert run("--output_dir", tmp_path / name, *SHORT).returncode == 0
+    a, b = (without_seconds(read_metrics(tmp_path / name)) for name in ("a", "b"))
+    assert a == b and len(a) == 6
+    assert run("--output_dir", tmp_path / "c", *SHORT, "--seed", 1).returncode == 0
+    assert without_seconds(read_metrics(tmp_path / "c")) != a
+
+
+@pytest.mark.slow
+def test_gsm8k_trains_any_model_folder_on_any_file_in_the_models_chat_template(tmp_path):
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(["<end>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}assistant:"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny("llama", vocabulary=257).save_pretrained(tmp_path / "model")
+    rows = [gsm8k_row(f"What is {i} + {i}?", f"It is {2 * i}.\n#### {2 * i}") for i in range(12)]
+    (tmp_path / "long.jsonl").write_text(
+        "\n".join(map(json.dumps, [*rows, gsm8k_row("?" * 999, "1")]))
+    )
+    result = run(
+        "--model", tmp_path / "model", "--train_data", tmp_path / "long.jsonl",
+        "--test_data", tmp_path / "long.jsonl", "--output_dir", tmp_path / "run",
+        "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5, "--max_completion_tokens", 8,
+        "--max_prompt_tokens", 700, "--warm_start_steps", 1, "--warm_start_batch_size", 2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "1 with prompts over --max_prompt_tokens left out" in result.stdout
+    _, before, *steps, after = read_metrics(tmp_path / "run")
+    assert before["eval_questions"] == after["eval_questions"] == 13  # none is left out here
+    assert [s["epoch"] for s in steps] == [1 / 3, 2 / 3, 1.0]  # --steps unset: one epoch
+
+
+@pytest.mark.slow
+def test_help_explains_every_flag():
+    text = run("--help").stdout
+    for name in Config.__dataclass_fields__:
+        assert f"  --{name}" in text
+    for symbol in ("G:", "P:", "N:", "mu:", "eps:", "beta:", "k = floor(G (1 - P))"):
+        assert symbol in text
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
+    gradient_worker(*sys.argv[2:])
