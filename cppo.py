@@ -440,7 +440,7 @@ def format_reward(text: str) -> float:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The exact value of a number, leaving aside commas, $, % and a full stop; None if it is none."""
+    """The exact value of a number, commas, $, % and a full stop left aside; None if it is none."""
     match = NUMBER.fullmatch(text.strip().replace("\N{MINUS SIGN}", "-"))
     if not match or (match[1] and match[2]):
         return None
@@ -746,7 +746,7 @@ def update(
 
 
 def warm_start(
-    policy, tokenizer, stream: Iterator[Question], num_rows: int, config: Config
+    policy, tokenizer, stream: Iterator[Question], world_size: int, config: Config
 ) -> dict:
     """Supervised steps on demonstrations: cross-entropy, a mean over the tokens of all ranks."""
     start, steps = time.perf_counter(), config.warm_start_steps
@@ -759,7 +759,7 @@ def warm_start(
 
     for _ in tqdm(range(steps), "warm start", leave=False, disable=not is_first_rank()):
         rows = []
-        for question in itertools.islice(stream, num_rows):
+        for question in itertools.islice(stream, config.warm_start_batch_size // world_size):
             token_ids = tokenizer(question.demonstration, add_special_tokens=False).input_ids
             rows.append(Completion(question.prompt_ids, [*token_ids, tokenizer.eos_token_id]))
         batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
@@ -804,6 +804,16 @@ def log(folder: Path, record: dict):
     if is_first_rank():
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def write_config(folder: Path, config: Config):
+    """Makes the folder of the run, with its config.json; raises UserError."""
+    try:
+        if is_first_rank():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
 
 
 def save_checkpoint(folder: Path, model, tokenizer):
@@ -900,43 +910,40 @@ def init_distributed() -> tuple[int, int, torch.device]:
 
 
 # --- The algorithm --------------------------------------------------------------------------------
-def train(config: Config):
-    """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
-    folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"--output_dir {folder} holds a run already: choose another --output_dir")
-    rank, world_size, device = init_distributed()
-    room = config.room(world_size)
+def prepare(config: Config, world_size: int, device):
+    """(model, tokenizer, training questions, test questions, steps), and the opening lines."""
     torch.manual_seed(config.seed)
     model, tokenizer = load_model_and_tokenizer(config.model)
-    model.to(device)
     loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
-    test_questions = test_questions[: config.eval_questions]
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions)} with prompts over --max_prompt_tokens left out"
     if len(questions) < world_size:
         raise UserError(f"{len(questions)} training questions are too few, {left_out}")
-    per_step = world_size * config.questions_for(room)
+    per_step = world_size * config.questions_for(config.room(world_size))
     steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    try:
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
     say(
         f"cppo: task {config.task}, as {config.task_reason}; model {config.model or 'tiny Qwen2'} "
         f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}\n"
         f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}, {left_out}), "
         f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
     )
+    return model.to(device), tokenizer, questions, test_questions[: config.eval_questions], steps
+
+
+def train(config: Config):
+    """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
+    folder = Path(config.output_dir)
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"--output_dir {folder} holds a run already: choose another --output_dir")
+    rank, world_size, device = init_distributed()
+    model, tokenizer, questions, test_questions, steps = prepare(config, world_size, device)
+    write_config(folder, config)
     policy = model  # what is trained; `model` is what samples, the same weights without DDP
     if world_size > 1:
         policy = DistributedDataParallel(model, forward_sync_buffers=False)
     if config.warm_start_steps:
         stream = question_stream(questions, config.seed, rank, world_size)
-        num_rows = config.warm_start_batch_size // world_size
-        log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, num_rows, config)})
+        log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, world_size, config)})
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer, scheduler = make_optimizer(
         policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
@@ -954,14 +961,14 @@ def train(config: Config):
     evaluation(step=0)
     for step in tqdm(range(1, steps + 1), config.task, disable=not is_first_rank()):
         start = time.perf_counter()
-        rows, ledger = collect_batch(draw, stream, room, config)
+        rows, ledger = collect_batch(draw, stream, config.room(world_size), config)
         sampled = time.perf_counter()
         learning_rate = scheduler.get_last_lr()[0]
         grad_norm = update(policy, reference, optimizer, scheduler, rows, ledger, config)
         trained = time.perf_counter()
-        ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
         if not math.isfinite(grad_norm):
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate")
+        ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
         metrics = step_metrics(ledger, device)
         asked += metrics["questions"]
         metrics = {

@@ -171,6 +171,18 @@ def test_a_run_is_never_overwritten(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
 
 
+def test_a_folder_that_cannot_be_written_is_a_users_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output_dir .* cannot be written"):
+        cppo.train(config(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_prompts_that_are_too_long_are_left_out_and_none_left_is_a_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="2560 with prompts over --max_prompt_tokens left out"):
+        cppo.train(config(output_dir=str(tmp_path / "run"), max_prompt_tokens=5))
+    assert not (tmp_path / "run").exists()
+
+
 # --- Questions ------------------------------------------------------------------------------------
 def test_no_test_sum_is_a_training_sum_not_even_turned_round():
     train, test = cppo.arithmetic_questions()
@@ -845,6 +857,22 @@ def test_update_reports_means_over_completions_and_iterations():
     packs = cppo.pack(rows, 30)
     widths = sum(len(p) * max(r.num_tokens for r in p) for p in packs)
     assert metrics["padded_tokens"] == widths - sum(r.num_tokens for r in rows)
+
+
+def test_the_readmes_group_worked_by_hand():
+    rewards = torch.tensor([[3.0, 1.0, 0.0, 0.0]], dtype=F64)
+    advantages = cppo.group_advantages(rewards)
+    mask = cppo.prune(advantages, config(group_size=4, pruning_rate=0.5).num_kept)
+    assert mask.tolist() == [[True, False, True, False]]
+    A = advantages[mask]
+    same = torch.full((2, 3), -0.7, dtype=F64)  # any log-probabilities: ratio 1, KL 0
+    losses, _ = cppo.cppo_loss(same, same, same, A, torch.ones(2, 3, dtype=torch.bool), 0.2, 0.04)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    numbers = [*advantages[0].tolist(), *losses.tolist(), losses.mean().item()]
+    first, zero, third, fourth, loss_1, loss_3, loss = (f"{x:.4f}" for x in numbers)
+    assert zero == "0.0000"
+    assert f"The advantages are {first}, 0, {third}, {fourth}." in readme
+    assert f"their losses are {loss_1} and {loss_3}, and the step's loss is {loss}" in readme
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 15, 40, 90])
