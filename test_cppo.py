@@ -401,6 +401,21 @@ def test_whole_completions_are_drawn_as_often_as_the_model_says():
         assert torch.special.gammaincc(degrees, torch.tensor(chi2 / 2)) > 1e-3  # 1 seed in 1000
 
 
+def test_each_completion_is_scored_against_its_own_question(monkeypatch):
+    model, tokenizer = cppo.tiny_model_and_tokenizer()
+    questions = cppo.encode_prompts([Question("1+1=", "2"), Question("1+2=", "3")], tokenizer)
+    texts = ["<think>1</think>\n<answer>2</answer>", "<answer>3</answer>", "9"] * 2
+    ids = [[*tokenizer(text).input_ids, 1] for text in texts]
+    ids[2].pop()  # no EOS
+    monkeypatch.setattr(cppo, "sample_completions", lambda *_: [(x, [0.0] * len(x)) for x in ids])
+    scored = cppo.rollout(model, tokenizer, questions, 3, 1.0, config())
+    assert [c.accuracy for c in scored] == [2, 0, 0, 0, 2, 0]
+    assert [c.format for c in scored] == [1, 0, 0, 1, 0, 0]
+    assert [c.truncated for c in scored] == [False, False, True, False, False, False]
+    assert [c.prompt_ids for c in scored] == [questions[i // 3].prompt_ids for i in range(6)]
+    assert scored[0].reward == 3
+
+
 # --- Rewards --------------------------------------------------------------------------------------
 def right_form(answer: str) -> str:
     return f"<think>hm</think>\n<answer>{answer}</answer>"
@@ -885,13 +900,12 @@ def test_update_gives_the_same_gradient_for_any_split_into_micro_batches(tokens_
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_update_without_rows_leaves_the_weights_alone():
+def test_update_without_rows_leaves_the_weights_alone_even_with_momentum():
     model = tiny("llama")
+    optimizer, schedule = cppo.make_optimizer(model, 1e-2, 8, 0.0)
+    cppo.update(model, model, optimizer, schedule, some_rows(4), Counter(), config())
     before = copy.deepcopy(model.state_dict())
-    optimizer, schedule = cppo.make_optimizer(model, 1e-2, 4, 0.0)
-    ledger = Counter()
-    norm = cppo.update(model, model, optimizer, schedule, [], ledger, config())
-    assert norm == 0
+    assert cppo.update(model, model, optimizer, schedule, [], Counter(), config()) == 0
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
