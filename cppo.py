@@ -51,6 +51,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+import jinja2
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -58,6 +59,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class UserError(Exception):
@@ -69,12 +71,14 @@ TASK_DEFAULTS = {  # what a flag that is left unset means
     "arithmetic": {
         "steps": 30, "max_prompt_tokens": 16, "max_completion_tokens": 32,
         "learning_rate": 2e-4, "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
+        "sample_batch": 1024,
     },
     "gsm8k": {
         "model": "Qwen/Qwen2.5-1.5B-Instruct",
         "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
         "max_prompt_tokens": 512, "max_completion_tokens": 1024,
         "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
+        "sample_batch": 256,
     },
 }  # fmt: skip
 
@@ -117,11 +121,19 @@ class Config:
     max_prompt_tokens: int | None = flag(None, "L: longer prompts are left out", "[1, inf)")
     max_completion_tokens: int | None = flag(None, "C: longer completions are cut", "[1, inf)")
     tokens_per_microbatch: int = flag(8192, "N x T of one forward pass at most", "[1, inf)")
-    sample_batch: int = flag(1024, "completions sampled at once at most", "[2, inf)")
+    sample_batch: int | None = flag(None, "completions sampled at once at most", "[2, inf)")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "of compute; masters stay float32. auto is bfloat16 with CUDA, else float32"
+    )
+    gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     warm_start_steps: int | None = flag(None, "supervised steps before CPPO", "[0, inf)")
     warm_start_batch_size: int = flag(32, "demonstrations a step, over all ranks", "[1, inf)")
     warm_start_learning_rate: float | None = flag(None, "peak of their schedule", "(0, inf)")
     eval_questions: int | None = flag(None, "only the first so many (default: all)", "[0, inf)")
+    eval_every: int = flag(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
+    eval_only: bool = flag(False, "evaluate --model, train and write nothing")
+    save_every: int = flag(0, "steps between checkpoints; 0: at the end only", "[0, inf)")
+    resume: bool = flag(False, "go on from the checkpoint in --output_dir, if there is one")
     seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483647]")
 
     def __post_init__(self):
@@ -131,6 +143,8 @@ class Config:
             cuda = "CUDA is here" if torch.cuda.is_available() else "CUDA is not here"
             self.task_reason = "data files were given" if data else cuda
             self.task = "gsm8k" if data or torch.cuda.is_available() else "arithmetic"
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         if self.task == "arithmetic" and data:
             raise UserError("--task arithmetic makes its own questions: drop the data files")
         for name, value in {"output_dir": f"runs/{self.task}", **TASK_DEFAULTS[self.task]}.items():
@@ -182,7 +196,8 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     """(train, test) of the configured task."""
     if config.task == "arithmetic":
         return arithmetic_questions()
-    return gsm8k_questions(config.train_data, "train"), gsm8k_questions(config.test_data, "test")
+    train = [] if config.eval_only else gsm8k_questions(config.train_data, "train")
+    return train, gsm8k_questions(config.test_data, "test")
 
 
 def arithmetic_questions(num_train=2560, num_test=512) -> tuple[list[Question], list[Question]]:
@@ -265,11 +280,21 @@ def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     for question in questions:
         text = question.prompt
         if not isinstance(text, str) and tokenizer.chat_template:
-            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            text = apply_chat_template(tokenizer, text)
         elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
         question.prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
     return questions
+
+
+def apply_chat_template(tokenizer, messages: list[dict]) -> str:
+    """The prompt of a chat; a template that refuses the system role gets it in the user's turn."""
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except jinja2.TemplateError:
+        joined = "\n\n".join(message["content"] for message in messages)
+        return tokenizer.apply_chat_template([{"role": "user", "content": joined}], **options)
 
 
 def question_stream(
@@ -325,6 +350,27 @@ def eos_token_ids(model, tokenizer) -> list[int]:
     """All tokens that end a completion; chat models have several."""
     ids = model.generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+def copy_for(model, dtype: str):
+    """A frozen copy in the dtype of compute, to sample from or as the reference."""
+    return copy.deepcopy(model).to(getattr(torch, dtype)).requires_grad_(False)
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """Gives the sampler the weights of the policy, rounded to its own dtype."""
+    if sampler is not model:
+        for old, new in zip(sampler.parameters(), model.parameters(), strict=True):
+            old.copy_(new)
+
+
+def checkpoint_gradients(model):
+    """Keeps no activations inside the layers. Only these are set to training, so no dropout is."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -719,7 +765,9 @@ def update(
     sums = Counter(loss=0.0, kl=0.0, clip_fraction=0.0, sampling_gap=0.0)
 
     def forward(batch: Batch) -> torch.Tensor:
-        log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
+        # The masters are float32, for a bfloat16 weight does not move by 1e-6; compute may be less.
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no forward of its own.
             batch.old_log_probs = log_probs.detach()
@@ -755,7 +803,8 @@ def warm_start(
     optimizer, scheduler = make_optimizer(policy, learning_rate, steps, config.warmup_ratio)
 
     def forward(batch: Batch) -> torch.Tensor:
-        return -token_log_probs(policy, batch, temperature=1.0).sum()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            return -token_log_probs(policy, batch, temperature=1.0).sum()
 
     for _ in tqdm(range(steps), "warm start", leave=False, disable=not is_first_rank()):
         rows = []
@@ -806,27 +855,67 @@ def log(folder: Path, record: dict):
             file.write(json.dumps(record) + "\n")
 
 
-def write_config(folder: Path, config: Config):
-    """Makes the folder of the run, with its config.json; raises UserError."""
-    try:
-        if is_first_rank():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
-
-
-def save_checkpoint(folder: Path, model, tokenizer):
-    """Writes the new folder beside the old one, then swaps them: neither is ever half there."""
+def save_folder(folder: Path, model, tokenizer, state: dict | None = None):
+    """Replaces a Hugging Face folder. Crash at any moment: the old or the new one is whole."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    if folder.exists():
+    torch.save(state or {}, new / "trainer_state.pt")
+    if folder.exists():  # else `old` may be the only whole one there is
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def gather(state: dict) -> list[dict]:
+    """The dicts of all ranks."""
+    states = [state]
+    if dist.is_initialized():
+        states = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(states, state)
+    return states
+
+
+# Flags that may change between a run and its continuation: they do not change what is learned.
+FREE = "output_dir resume save_every eval_every eval_only eval_questions".split()
+
+
+def load_state(folder: Path, config: Config, world_size: int) -> dict:
+    """The trainer's state in the run's checkpoint, empty if it has none; raises UserError."""
+    checkpoint, old = folder / "checkpoint", folder / "checkpoint.old"
+    if not checkpoint.exists() and old.exists():
+        checkpoint = old  # it was killed between the two renames of save_folder
+    if not checkpoint.exists():
+        return {}
+    try:
+        state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+        then = state["config"] | {"ranks": len(state["ranks"])}
+    except Exception as error:
+        raise UserError(f"--resume: {checkpoint} cannot be read: {error}") from error
+    for name, now in (dataclasses.asdict(config) | {"ranks": world_size}).items():
+        if name not in FREE and then.get(name) != now:
+            raise UserError(f"--resume: {name} was {then.get(name)} in that run and is now {now}")
+    return state | {"model": str(checkpoint)}
+
+
+def start_run(folder: Path, config: Config, done: int):
+    """Makes the run's folder with its config.json, and cuts metrics.jsonl back to step `done`."""
+    if not is_first_rank():
+        return
+    metrics, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        lines = metrics.read_text().splitlines() if done >= 0 else []
+        lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= done]
+        new.write_text("".join(line + "\n" for line in lines))
+        new.replace(metrics)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+    if done < 0:
+        shutil.rmtree(folder / "reference", ignore_errors=True)
 
 
 DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
@@ -873,7 +962,8 @@ def summary(folder: Path) -> str:
     for record in records:
         total.update({name: x for name, x in record.items() if isinstance(x, int | float)})
     rewards = [record["reward"] for record in records if "reward" in record]
-    before, *_, after = [record for record in records if "eval_accuracy" in record]
+    evaluations = [record for record in records if "eval_accuracy" in record]
+    before, after = evaluations[0], evaluations[-1]
     lines = [
         f"questions  {total['questions']:,} asked, {total['dead_groups']:,} with all rewards equal",
         f"trained    {total['kept']:,} of {total['sampled']:,} completions, "
@@ -909,65 +999,136 @@ def init_distributed() -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
+def close_distributed():
+    """Leaves the process group once all ranks are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        # Gloo's threads need Python's lock to let go of their last tensors, and DDP's destructor
+        # waits for them while it holds that lock: without this pause, some runs hang at their end.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
 # --- The algorithm --------------------------------------------------------------------------------
-def prepare(config: Config, world_size: int, device):
+def random_state() -> dict[str, torch.Tensor]:
+    """What this rank's next completions depend on."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def prepare(config: Config, model_name: str | None, world_size: int, device):
     """(model, tokenizer, training questions, test questions, steps), and the opening lines."""
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model_and_tokenizer(config.model)
+    model, tokenizer = load_model_and_tokenizer(model_name)
     loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
+    test_questions = test_questions[: config.eval_questions]
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions)} with prompts over --max_prompt_tokens left out"
-    if len(questions) < world_size:
+    if len(questions) < world_size and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few, {left_out}")
     per_step = world_size * config.questions_for(config.room(world_size))
     steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
     say(
-        f"cppo: task {config.task}, as {config.task_reason}; model {config.model or 'tiny Qwen2'} "
-        f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}\n"
-        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}, {left_out}), "
-        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+        f"cppo: task {config.task}, as {config.task_reason}; model {model_name or 'tiny Qwen2'} "
+        f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}, "
+        f"{config.dtype}"
     )
-    return model.to(device), tokenizer, questions, test_questions[: config.eval_questions], steps
+    if not config.eval_only:
+        say(
+            f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}, {left_out}), "
+            f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+        )
+    return model.to(device), tokenizer, questions, test_questions, steps
+
+
+def load_reference(model, state: dict, folder: Path, config: Config):
+    """pi_ref: a frozen copy of the model that CPPO started from; None if beta is 0."""
+    if config.beta == 0:
+        return None
+    if state:
+        warm = folder / "reference"  # what the warm start made, if there was one
+        torch.manual_seed(config.seed)
+        start, _ = load_model_and_tokenizer(str(warm) if warm.exists() else config.model)
+        return copy_for(start, config.dtype).to(model.device)
+    return copy_for(model, config.dtype)
 
 
 def train(config: Config):
     """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
     folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"--output_dir {folder} holds a run already: choose another --output_dir")
+    if (folder / "metrics.jsonl").exists() and not (config.resume or config.eval_only):
+        raise UserError(f"--output_dir {folder} holds a run: choose another, or --resume that one")
     rank, world_size, device = init_distributed()
-    model, tokenizer, questions, test_questions, steps = prepare(config, world_size, device)
-    write_config(folder, config)
-    policy = model  # what is trained; `model` is what samples, the same weights without DDP
+    state = load_state(folder, config, world_size) if config.resume else {}
+    model, tokenizer, questions, test_questions, steps = prepare(
+        config, state.get("model", config.model), world_size, device
+    )
+
+    def evaluation(judged) -> dict:
+        return evaluate(judged, tokenizer, test_questions, rank, world_size, config)
+
+    if config.eval_only:
+        score = evaluation(copy_for(model, config.dtype))
+        say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**score))
+        return close_distributed()
+    start_run(folder, config, done=state.get("step", -1))
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
+    policy = model  # what is trained: `model`, inside DDP if there are several ranks
     if world_size > 1:
         policy = DistributedDataParallel(model, forward_sync_buffers=False)
-    if config.warm_start_steps:
+    if config.warm_start_steps and not state:
         stream = question_stream(questions, config.seed, rank, world_size)
         log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, world_size, config)})
-    reference = copy.deepcopy(model).requires_grad_(False)
+        if is_first_rank():
+            save_folder(folder / "reference", model, tokenizer)
+    reference = load_reference(model, state, folder, config)
+    apart = config.dtype != "float32" or config.gradient_checkpointing  # which forbids a cache
+    sampler = copy_for(model, config.dtype) if apart else model
     optimizer, scheduler = make_optimizer(
         policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
     )
-    stream, asked = question_stream(questions, config.seed, rank, world_size), 0
     torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
+    asked = taken = 0  # questions, by all ranks and by this one
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        asked, taken = state["asked"], state["ranks"][rank]["taken"]
+        torch.set_rng_state(state["ranks"][rank]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["ranks"][rank]["cuda"])
+    stream = question_stream(questions, config.seed, rank, world_size)
+    stream = itertools.islice(stream, taken, None)
 
     def draw(some: list[Question]) -> list[Completion]:
-        return rollout(model, tokenizer, some, config.group_size, config.temperature, config)
+        return rollout(sampler, tokenizer, some, config.group_size, config.temperature, config)
 
-    def evaluation(step: int):
-        score = evaluate(model, tokenizer, test_questions, rank, world_size, config)
-        log(folder, {"step": step, **score})
+    def evaluate_and_save(step: int):
+        if step in (0, steps) or (config.eval_every and step % config.eval_every == 0):
+            log(folder, {"step": step, **evaluation(sampler)})
+        if step == steps or (config.save_every and step % config.save_every == 0):
+            trainer = {
+                "step": step, "asked": asked, "ranks": gather({"taken": taken, **random_state()}),
+                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                "config": dataclasses.asdict(config),
+            }  # fmt: skip
+            if is_first_rank():
+                save_folder(folder / "checkpoint", model, tokenizer, trainer)
 
-    evaluation(step=0)
-    for step in tqdm(range(1, steps + 1), config.task, disable=not is_first_rank()):
+    if not state:
+        evaluate_and_save(step=0)
+    todo = range(state.get("step", 0) + 1, steps + 1)
+    for step in tqdm(todo, config.task, steps, initial=todo.start - 1, disable=not is_first_rank()):
         start = time.perf_counter()
         rows, ledger = collect_batch(draw, stream, config.room(world_size), config)
         sampled = time.perf_counter()
         learning_rate = scheduler.get_last_lr()[0]
         grad_norm = update(policy, reference, optimizer, scheduler, rows, ledger, config)
+        refresh(sampler, model)
         trained = time.perf_counter()
         if not math.isfinite(grad_norm):
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate")
+        taken += ledger["questions"]
         ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
         metrics = step_metrics(ledger, device)
         asked += metrics["questions"]
@@ -978,12 +1139,10 @@ def train(config: Config):
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
             say(step_line(metrics, steps))
-    evaluation(step=steps)
+        evaluate_and_save(step)
     if is_first_rank():
-        save_checkpoint(folder / "checkpoint", model, tokenizer)
         say(summary(folder))
-    if world_size > 1:
-        dist.destroy_process_group()
+    close_distributed()
 
 
 class Parser(transformers.HfArgumentParser):
