@@ -367,7 +367,7 @@ def refresh(sampler, model):
 
 def checkpoint_gradients(model):
     """Keeps no activations inside the layers. Only these are set to training, so no dropout is."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
