@@ -99,9 +99,9 @@ class Config:
     )
     model: str | None = flag(None, "hub name or folder of a causal language model")
     train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub name")
-    test_data: str | None = flag(None, "likewise, to evaluate on")
+    test_data: str | None = flag(None, "the same, to evaluate on")
     output_dir: str | None = flag(None, "folder to write to (default: runs/TASK)")
-    steps: int | None = flag(None, "training steps (default: one epoch)", "[0, inf)")
+    steps: int | None = flag(None, "training steps (default: by task, or an epoch)", "[0, inf)")
     batch_size: int = flag(128, "N: completions trained per step, over all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
@@ -115,7 +115,7 @@ class Config:
     clip_eps: float = flag(0.2, "eps: the ratio is clipped to [1 - eps, 1 + eps]", "(0, 1)")
     beta: float = flag(0.04, "beta: weight of the KL term", "[0, inf)")
     learning_rate: float | None = flag(None, "peak of AdamW's cosine schedule", "(0, inf)")
-    warmup_ratio: float = flag(0.1, "share of the steps in which it rises", "[0, 1]")
+    warmup_ratio: float = flag(0.1, "share of the steps in which the rate rises", "[0, 1]")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "(0, inf)")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", "(0, inf)")
     max_prompt_tokens: int | None = flag(None, "L: longer prompts are left out", "[1, inf)")
@@ -128,8 +128,8 @@ class Config:
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     warm_start_steps: int | None = flag(None, "supervised steps before CPPO", "[0, inf)")
     warm_start_batch_size: int = flag(32, "demonstrations a step, over all ranks", "[1, inf)")
-    warm_start_learning_rate: float | None = flag(None, "peak of their schedule", "(0, inf)")
-    eval_questions: int | None = flag(None, "only the first so many (default: all)", "[0, inf)")
+    warm_start_learning_rate: float | None = flag(None, "their peak rate", "(0, inf)")
+    eval_questions: int | None = flag(None, "test on the first so many (default: all)", "[0, inf)")
     eval_every: int = flag(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
     save_every: int = flag(0, "steps between checkpoints; 0: at the end only", "[0, inf)")
@@ -160,6 +160,8 @@ class Config:
                     raise UserError(f"--{name} must be in {interval}, not {value}")
         if self.sample_batch < self.group_size:
             raise UserError(f"--sample_batch must be at least --group_size, {self.group_size}")
+        if self.eval_only and self.eval_questions == 0:
+            raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
 
     @property
     def num_kept(self) -> int:
@@ -354,7 +356,7 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 def copy_for(model, dtype: str):
     """A frozen copy in the dtype of compute, to sample from or as the reference."""
-    return copy.deepcopy(model).to(getattr(torch, dtype)).requires_grad_(False)
+    return copy.deepcopy(model).to(getattr(torch, dtype)).requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -365,12 +367,15 @@ def refresh(sampler, model):
             old.copy_(new)
 
 
-def checkpoint_gradients(model):
-    """Keeps no activations inside the layers. Only these are set to training, so no dropout is."""
-    model.activation_checkpointing_enable()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+def trainable(model, gradient_checkpointing: bool):
+    """What is trained: the model itself, inside DDP where there are several ranks."""
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        for module in model.modules():  # only layers are set to training: nothing drops out
+            module.training = isinstance(module, GradientCheckpointingLayer)
+    if not dist.is_initialized():
+        return model
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -411,9 +416,7 @@ def sample_together(
     row_ids = torch.arange(len(mask), device=model.device)  # (R,) their rows in `tokens`
     done = torch.zeros_like(row_ids, dtype=torch.bool)  # (R,)
     eos = torch.tensor(eos_ids, device=model.device)
-    tokens = torch.zeros(
-        len(row_ids), max_tokens, dtype=torch.long, device=model.device
-    )  # (Q G, C)
+    tokens = torch.zeros(len(row_ids), max_tokens, device=model.device).long()  # (Q G, C)
     log_probs = torch.zeros(tokens.shape, device=model.device)  # (Q G, C)
     for t in range(max_tokens):
         new, log_probs[row_ids, t] = draw_tokens(logits, temperature)
@@ -422,9 +425,8 @@ def sample_together(
         num_done = int(done.sum())
         if num_done == len(row_ids) or t + 1 == max_tokens:
             break
-        if 4 * num_done >= len(
-            row_ids
-        ):  # finished ones leave, but not one by one: it copies the cache
+        # Finished ones leave, but not one by one: it copies the cache.
+        if 4 * num_done >= len(row_ids):
             live = (~done).nonzero()[:, 0]
             cache.batch_select_indices(live)
             row_ids, done, new = row_ids[live], done[live], new[live]
@@ -890,7 +892,7 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
     if not checkpoint.exists():
         return {}
     try:
-        state = torch.load(checkpoint / "trainer_state.pt", weights_only=True)
+        state = torch.load(checkpoint / "trainer_state.pt", "cpu", weights_only=True)
         then = state["config"] | {"ranks": len(state["ranks"])}
     except Exception as error:
         raise UserError(f"--resume: {checkpoint} cannot be read: {error}") from error
@@ -995,7 +997,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
         # That is torchrun's doing when the user says nothing. Share the cores out instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     return rank, world_size, device
 
 
@@ -1016,6 +1021,19 @@ def random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
+def restore(state: dict, rank: int, optimizer, scheduler) -> tuple[int, int]:
+    """Takes up a checkpoint's state; returns the questions asked by all ranks and by this one."""
+    if not state:
+        return 0, 0
+    mine = state["ranks"][rank]
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"])
+    return state["asked"], mine["asked"]
+
+
 def prepare(config: Config, model_name: str | None, world_size: int, device):
     """(model, tokenizer, training questions, test questions, steps), and the opening lines."""
     torch.manual_seed(config.seed)
@@ -1023,9 +1041,12 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
     loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
     test_questions = test_questions[: config.eval_questions]
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
-    left_out = f"{len(loaded) - len(questions)} with prompts over --max_prompt_tokens left out"
+    left_out = ""
+    if len(questions) < len(loaded):
+        too_long = len(loaded) - len(questions)
+        left_out = f", {too_long:,} with prompts over --max_prompt_tokens left out"
     if len(questions) < world_size and not config.eval_only:
-        raise UserError(f"{len(questions)} training questions are too few, {left_out}")
+        raise UserError(f"{len(questions)} training questions are too few{left_out}")
     per_step = world_size * config.questions_for(config.room(world_size))
     steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
     say(
@@ -1035,7 +1056,7 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
     )
     if not config.eval_only:
         say(
-            f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}, {left_out}), "
+            f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}{left_out}), "
             f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
         )
     return model.to(device), tokenizer, questions, test_questions, steps
@@ -1053,10 +1074,19 @@ def load_reference(model, state: dict, folder: Path, config: Config):
     return copy_for(model, config.dtype)
 
 
+def score(config: Config):
+    """--eval_only: evaluates a model and writes nothing."""
+    rank, world_size, device = init_distributed()
+    model, tokenizer, _, questions, _ = prepare(config, config.model, world_size, device)
+    result = evaluate(copy_for(model, config.dtype), tokenizer, questions, rank, world_size, config)
+    say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**result))
+    close_distributed()
+
+
 def train(config: Config):
     """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
     folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists() and not (config.resume or config.eval_only):
+    if (folder / "metrics.jsonl").exists() and not config.resume:
         raise UserError(f"--output_dir {folder} holds a run: choose another, or --resume that one")
     rank, world_size, device = init_distributed()
     state = load_state(folder, config, world_size) if config.resume else {}
@@ -1064,19 +1094,8 @@ def train(config: Config):
         config, state.get("model", config.model), world_size, device
     )
 
-    def evaluation(judged) -> dict:
-        return evaluate(judged, tokenizer, test_questions, rank, world_size, config)
-
-    if config.eval_only:
-        score = evaluation(copy_for(model, config.dtype))
-        say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**score))
-        return close_distributed()
     start_run(folder, config, done=state.get("step", -1))
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    policy = model  # what is trained: `model`, inside DDP if there are several ranks
-    if world_size > 1:
-        policy = DistributedDataParallel(model, forward_sync_buffers=False)
+    policy = trainable(model, config.gradient_checkpointing)
     if config.warm_start_steps and not state:
         stream = question_stream(questions, config.seed, rank, world_size)
         log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, world_size, config)})
@@ -1089,26 +1108,21 @@ def train(config: Config):
         policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
     )
     torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
-    asked = taken = 0  # questions, by all ranks and by this one
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        asked, taken = state["asked"], state["ranks"][rank]["taken"]
-        torch.set_rng_state(state["ranks"][rank]["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state["ranks"][rank]["cuda"])
+    asked, asked_here = restore(state, rank, optimizer, scheduler)
     stream = question_stream(questions, config.seed, rank, world_size)
-    stream = itertools.islice(stream, taken, None)
+    stream = itertools.islice(stream, asked_here, None)
 
     def draw(some: list[Question]) -> list[Completion]:
         return rollout(sampler, tokenizer, some, config.group_size, config.temperature, config)
 
     def evaluate_and_save(step: int):
         if step in (0, steps) or (config.eval_every and step % config.eval_every == 0):
-            log(folder, {"step": step, **evaluation(sampler)})
+            score = evaluate(sampler, tokenizer, test_questions, rank, world_size, config)
+            log(folder, {"step": step, **score})
         if step == steps or (config.save_every and step % config.save_every == 0):
+            ranks = gather({"asked": asked_here, **random_state()})
             trainer = {
-                "step": step, "asked": asked, "ranks": gather({"taken": taken, **random_state()}),
+                "step": step, "asked": asked, "ranks": ranks,
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 "config": dataclasses.asdict(config),
             }  # fmt: skip
@@ -1128,14 +1142,14 @@ def train(config: Config):
         trained = time.perf_counter()
         if not math.isfinite(grad_norm):
             raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate")
-        taken += ledger["questions"]
+        asked_here += ledger["questions"]
         ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
-        metrics = step_metrics(ledger, device)
-        asked += metrics["questions"]
         metrics = {
-            "step": step, "epoch": asked / len(questions), **metrics, "grad_norm": grad_norm,
+            "step": step, "epoch": 0.0, **step_metrics(ledger, device), "grad_norm": grad_norm,
             "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
         }  # fmt: skip
+        asked += metrics["questions"]
+        metrics["epoch"] = asked / len(questions)
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
             say(step_line(metrics, steps))
@@ -1166,7 +1180,8 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     try:
-        train(Config(**vars(parser.parse_args())))
+        config = Config(**vars(parser.parse_args()))
+        score(config) if config.eval_only else train(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("cppo.py:", " ".join(str(error).split())[:400], file=sys.stderr)

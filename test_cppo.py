@@ -135,7 +135,9 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1(group_size, pruning_rate
         (["--temperature", "0"], "--temperature"), (["--temperature", "inf"], "--temperature"),
         (["--gamma", "-1"], "--gamma"), (["--prune_by", "luck"], "--prune_by"),
         (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
-        (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--seed", "-1"], "--seed"),
+        (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
+        (["--eval_only", "--eval_questions", "0"], "--eval_only"),
+        (["--resume", "perhaps"], "--resume"), (["--seed", "-1"], "--seed"),
         (["--prunning_rate", "0.5"], "--prunning_rate"), (["--prun", "0.5"], "--prun"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task"),
         (["--model", "no/such/folder"], "--model"), (["hello"], "hello"),
@@ -182,7 +184,7 @@ def test_a_folder_that_cannot_be_written_is_a_users_mistake(tmp_path):
 
 
 def test_prompts_that_are_too_long_are_left_out_and_none_left_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match="2560 with prompts over --max_prompt_tokens left out"):
+    with pytest.raises(UserError, match="2,560 with prompts over --max_prompt_tokens left out"):
         cppo.train(config(output_dir=str(tmp_path / "run"), max_prompt_tokens=5))
     assert not (tmp_path / "run").exists()
 
@@ -1013,7 +1015,10 @@ def test_gradient_checkpointing_gives_the_same_gradient_without_dropout(family):
         )
         first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
-            cppo.checkpoint_gradients(model)
+            cppo.trainable(model, gradient_checkpointing=True)
+            sampler = cppo.copy_for(model, "float32")  # must still use a cache
+            cppo.sample_completions(sampler, PROMPTS, 2, 4, 1.0, [1])
+        calls.clear()
         cppo.token_log_probs(model, cppo.make_batch(some_rows(6)), 1.0).sum().backward()
         assert len(calls) == 1 + checkpointing  # computed again in the backward pass
         gradients.append([p.grad for p in model.parameters()])
@@ -1229,24 +1234,28 @@ RUN = "--warm_start_steps 12 --steps 5 --save_every 2 --batch_size 32 --eval_que
 
 
 def start_process(*arguments, ranks: int = 1) -> subprocess.Popen:
-    """A real process, left running, that gets a process group of its own to be killed with."""
+    """A real process, left running."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return subprocess.Popen(
         [*launcher, str(ROOT / "cppo.py"), *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 def kill_after_step(process: subprocess.Popen, folder: Path, step: int):
-    """kill -9 of all its processes once metrics.jsonl has that step."""
+    """kill -9 of torchrun and all its ranks, once metrics.jsonl has that step."""
     line = f'{{"step": {step}, "epoch"'
     file = folder / "metrics.jsonl"
     while process.poll() is None and not (file.exists() and line in file.read_text()):
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    for entry in listing.splitlines():
+        pid, _, command = entry.strip().partition(" ")
+        if str(folder) in command:
+            os.kill(int(pid), signal.SIGKILL)
     process.wait()
 
 
