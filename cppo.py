@@ -280,12 +280,13 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
 def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     """Fills in `prompt_ids`, messages through the tokenizer's chat template."""
     for question in questions:
-        text = question.prompt
-        if not isinstance(text, str) and tokenizer.chat_template:
-            text = apply_chat_template(tokenizer, text)
-        elif not isinstance(text, str):
+        text, chat = question.prompt, not isinstance(question.prompt, str)
+        if chat and tokenizer.chat_template:
+            text = apply_chat_template(tokenizer, text)  # which begins with BOS where it is wanted
+        elif chat:
             text = "".join(message["content"] + "\n\n" for message in text)
-        question.prompt_ids = tokenizer(text, add_special_tokens=False).input_ids
+        add_bos = not (chat and tokenizer.chat_template)
+        question.prompt_ids = tokenizer(text, add_special_tokens=add_bos).input_ids
     return questions
 
 
@@ -343,8 +344,11 @@ def load_model_and_tokenizer(name: str | None):
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # of all sorts, down to the half-written file of weights
         raise UserError(f"--model {name} cannot be loaded: {error}") from error
-    if not eos_token_ids(model, tokenizer):
+    eos_ids = eos_token_ids(model, tokenizer)
+    if not eos_ids:
         raise UserError(f"--model {name} has no EOS token: its completions would never end")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_ids[0])
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
 
 
@@ -356,7 +360,10 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 def copy_for(model, dtype: str):
     """A frozen copy in the dtype of compute, to sample from or as the reference."""
-    return copy.deepcopy(model).to(getattr(torch, dtype)).requires_grad_(False).eval()
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for parameter in frozen.parameters():  # not .to(): rotary frequencies must stay float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return frozen
 
 
 @torch.no_grad()
@@ -370,8 +377,10 @@ def refresh(sampler, model):
 def trainable(model, gradient_checkpointing: bool):
     """What is trained: the model itself, inside DDP where there are several ranks."""
     if gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError("--gradient_checkpointing is not possible with this --model")
         model.activation_checkpointing_enable()
-        for module in model.modules():  # only layers are set to training: nothing drops out
+        for module in model.modules():  # only layers are in training: their dropouts stay off
             module.training = isinstance(module, GradientCheckpointingLayer)
     if not dist.is_initialized():
         return model
@@ -864,6 +873,7 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None):
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     torch.save(state or {}, new / "trainer_state.pt")
+    os.sync()  # on the disk before the old one goes, or a power cut could take both
     if folder.exists():  # else `old` may be the only whole one there is
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -881,7 +891,7 @@ def gather(state: dict) -> list[dict]:
 
 
 # Flags that may change between a run and its continuation: they do not change what is learned.
-FREE = "output_dir resume save_every eval_every eval_only eval_questions".split()
+FREE = "output_dir resume save_every eval_every eval_only".split()
 
 
 def load_state(folder: Path, config: Config, world_size: int) -> dict:
@@ -909,15 +919,19 @@ def start_run(folder: Path, config: Config, done: int):
     metrics, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         lines = metrics.read_text().splitlines() if done >= 0 else []
         lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= done]
         new.write_text("".join(line + "\n" for line in lines))
         new.replace(metrics)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
-    if done < 0:
-        shutil.rmtree(folder / "reference", ignore_errors=True)
+    if config.resume:
+        say(
+            f"cppo: goes on after step {done}"
+            if done >= 0
+            else "cppo: no checkpoint, starts afresh"
+        )
 
 
 DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
@@ -997,10 +1011,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
         # That is torchrun's doing when the user says nothing. Share the cores out instead.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if world_size > 1:
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return rank, world_size, device
 
 
@@ -1021,17 +1033,15 @@ def random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def restore(state: dict, rank: int, optimizer, scheduler) -> tuple[int, int]:
-    """Takes up a checkpoint's state; returns the questions asked by all ranks and by this one."""
-    if not state:
-        return 0, 0
+def restore(state: dict, rank: int, optimizer, scheduler) -> int:
+    """Takes up a checkpoint's state; returns how many questions this rank had asked."""
     mine = state["ranks"][rank]
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state.pop("optimizer"))
     scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"])
-    return state["asked"], mine["asked"]
+    return mine["asked"]
 
 
 def prepare(config: Config, model_name: str | None, world_size: int, device):
@@ -1047,18 +1057,19 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
         left_out = f", {too_long:,} with prompts over --max_prompt_tokens left out"
     if len(questions) < world_size and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few{left_out}")
-    per_step = world_size * config.questions_for(config.room(world_size))
-    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
     say(
         f"cppo: task {config.task}, as {config.task_reason}; model {model_name or 'tiny Qwen2'} "
         f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}, "
         f"{config.dtype}"
     )
-    if not config.eval_only:
-        say(
-            f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}{left_out}), "
-            f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
-        )
+    if config.eval_only:
+        return model.to(device), tokenizer, [], test_questions, 0
+    per_step = world_size * config.questions_for(config.room(world_size))
+    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
+    say(
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}{left_out}), "
+        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+    )
     return model.to(device), tokenizer, questions, test_questions, steps
 
 
@@ -1066,11 +1077,10 @@ def load_reference(model, state: dict, folder: Path, config: Config):
     """pi_ref: a frozen copy of the model that CPPO started from; None if beta is 0."""
     if config.beta == 0:
         return None
-    if state:
-        warm = folder / "reference"  # what the warm start made, if there was one
-        torch.manual_seed(config.seed)
-        start, _ = load_model_and_tokenizer(str(warm) if warm.exists() else config.model)
-        return copy_for(start, config.dtype).to(model.device)
+    if state:  # `model` has moved on since
+        torch.manual_seed(config.seed)  # for the tiny model, which is drawn anew
+        start = str(folder / "reference") if config.warm_start_steps else config.model
+        model = load_model_and_tokenizer(start)[0].to(model.device)
     return copy_for(model, config.dtype)
 
 
@@ -1086,10 +1096,13 @@ def score(config: Config):
 def train(config: Config):
     """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
     folder = Path(config.output_dir)
-    if (folder / "metrics.jsonl").exists() and not config.resume:
-        raise UserError(f"--output_dir {folder} holds a run: choose another, or --resume that one")
+    ours = config.resume and (folder / "metrics.jsonl").exists()
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     rank, world_size, device = init_distributed()
     state = load_state(folder, config, world_size) if config.resume else {}
+    if len({then["step"] for then in gather({"step": state.get("step")})}) > 1:
+        raise UserError("--resume: --output_dir must be one folder that all machines share")
     model, tokenizer, questions, test_questions, steps = prepare(
         config, state.get("model", config.model), world_size, device
     )
@@ -1108,7 +1121,8 @@ def train(config: Config):
         policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
     )
     torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
-    asked, asked_here = restore(state, rank, optimizer, scheduler)
+    asked = sum(then["asked"] for then in state.get("ranks", []))  # questions, by all ranks
+    asked_here = restore(state, rank, optimizer, scheduler) if state else 0
     stream = question_stream(questions, config.seed, rank, world_size)
     stream = itertools.islice(stream, asked_here, None)
 
@@ -1122,7 +1136,7 @@ def train(config: Config):
         if step == steps or (config.save_every and step % config.save_every == 0):
             ranks = gather({"asked": asked_here, **random_state()})
             trainer = {
-                "step": step, "asked": asked, "ranks": ranks,
+                "step": step, "ranks": ranks,
                 "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
                 "config": dataclasses.asdict(config),
             }  # fmt: skip
@@ -1141,7 +1155,9 @@ def train(config: Config):
         refresh(sampler, model)
         trained = time.perf_counter()
         if not math.isfinite(grad_norm):
-            raise UserError(f"the gradient of step {step} is not finite: lower --learning_rate")
+            raise UserError(
+                f"step {step}'s gradient is not finite: start with a lower --learning_rate"
+            )
         asked_here += ledger["questions"]
         ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
         metrics = {
@@ -1159,19 +1175,11 @@ def train(config: Config):
     close_distributed()
 
 
-class Parser(transformers.HfArgumentParser):
-    """argparse with one line for a mistake, and not a page."""
-
-    def error(self, message: str):
-        """Called for a command line that does not parse."""
-        raise UserError(f"{message} (see --help)")
-
-
 def main():
     """The command line."""
     sys.stdout.reconfigure(line_buffering=True)
     defaults = [f"{task}: {json.dumps(flags)[1:-1]}" for task, flags in TASK_DEFAULTS.items()]
-    parser = Parser(
+    parser = transformers.HfArgumentParser(
         Config,
         allow_abbrev=False,
         usage="[torchrun --nproc_per_node GPUS] cppo.py [--flag VALUE ...]",
@@ -1179,6 +1187,11 @@ def main():
         epilog="defaults by task:\n" + "\n".join(defaults),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+    def error(message: str):  # argparse would print a page
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = error
     try:
         config = Config(**vars(parser.parse_args()))
         score(config) if config.eval_only else train(config)

@@ -172,7 +172,7 @@ def test_the_batch_must_be_divisible_by_the_ranks_and_without_refill_by_the_grou
 
 def test_a_run_is_never_overwritten(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("precious\n")
-    with pytest.raises(UserError, match="holds a run"):
+    with pytest.raises(UserError, match="is not empty"):
         cppo.train(config(output_dir=str(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
 
@@ -1002,6 +1002,14 @@ def test_the_sampler_is_a_bfloat16_copy_that_follows_the_policy():
     settings = config(dtype="bfloat16", num_iterations=1)
     cppo.update(model, sampler, *plain_sgd(model), rows, ledger, settings)
     assert 1e-4 < metrics_of(ledger)["sampling_gap"] < 0.05  # bfloat16 has 3 digits
+
+
+def test_a_bfloat16_copy_keeps_the_rotary_frequencies_in_float32():
+    model = tiny("qwen2")
+    buffers = dict(cppo.copy_for(model, "bfloat16").named_buffers())
+    assert any("inv_freq" in name for name in buffers)
+    for name, x in model.named_buffers():  # rounded, they would turn far positions by a radian
+        assert torch.equal(x, buffers[name]) and x.dtype == buffers[name].dtype
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
