@@ -263,7 +263,7 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
             subset = "main" if source == "openai/gsm8k" else None
             table = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # of all sorts: an empty file is a StopIteration
-        raise UserError(f"--{split}_data {source} cannot be loaded: {error!r}") from error
+        raise UserError(f"--{split}_data {source} is no file that loads: {error!r}") from error
     if missing := set(columns) - set(table.column_names):
         raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
     rows = [
@@ -343,7 +343,7 @@ def load_model_and_tokenizer(name: str | None):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except Exception as error:  # of all sorts, down to the half-written file of weights
-        raise UserError(f"--model {name} cannot be loaded: {error}") from error
+        raise UserError(f"--model {name} is no folder or hub name that loads: {error}") from error
     eos_ids = eos_token_ids(model, tokenizer)
     if not eos_ids:
         raise UserError(f"--model {name} has no EOS token: its completions would never end")

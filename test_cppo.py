@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import cppo
 from cppo import Completion, Config, Question, UserError
@@ -272,7 +272,7 @@ def test_numbers_as_answers_stay_as_they_are_written(kind, tmp_path):
         ('{"question": "a"}\n', "answer"),
         ('{"question": "a", "answer": ""}\n', "row 1"),
         ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": null}\n', "row 2"),
-        ('{"question": "a", "ans', "cannot be loaded"),
+        ('{"question": "a", "ans', "is no file that loads"),
         ("", "data.jsonl"),
     ],
 )
@@ -302,6 +302,17 @@ def test_messages_go_through_the_chat_template_and_text_does_not():
     )
     (encoded,) = cppo.encode_prompts([Question(chat, "3")], tokenizer)
     assert tokenizer.decode(encoded.prompt_ids) == "=1+\n\n2<think>"
+
+
+def test_bos_is_added_where_no_template_has_added_it():
+    _, tokenizer = cppo.tiny_model_and_tokenizer()
+    bos = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    chat = [{"role": "user", "content": "2"}]
+    for template, first in ((None, "<pad>"), ("{{ messages[0].content }}=", "2")):
+        tokenizer.chat_template = template
+        (encoded,) = cppo.encode_prompts([Question(chat, "3")], tokenizer)
+        assert tokenizer.decode(encoded.prompt_ids[:1]) == first
 
 
 # --- Sampling -------------------------------------------------------------------------------------
