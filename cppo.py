@@ -927,11 +927,8 @@ def start_run(folder: Path, config: Config, done: int):
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
     if config.resume:
-        say(
-            f"cppo: goes on after step {done}"
-            if done >= 0
-            else "cppo: no checkpoint, starts afresh"
-        )
+        how = f"goes on after step {done}" if done >= 0 else "finds no checkpoint, starts afresh"
+        say(f"cppo: --resume {how}")
 
 
 DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
