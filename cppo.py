@@ -873,7 +873,9 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None):
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     torch.save(state or {}, new / "trainer_state.pt")
-    os.sync()  # on the disk before the old one goes, or a power cut could take both
+    for path in new.iterdir():  # on the disk before the old one goes: a power cut might take both
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
     if folder.exists():  # else `old` may be the only whole one there is
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
