@@ -1095,12 +1095,14 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(renames, tmp_path, monke
             raise KeyboardInterrupt
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename_or_crash)
-    with pytest.raises(KeyboardInterrupt):
-        save_tiny(tmp_path / "checkpoint", step=2)
-    monkeypatch.undo()
-    state = cppo.load_state(tmp_path, config(), 1)
-    assert state["step"] == 1
+    for _ in range(2):  # it resumes, and crashes in its next save as well
+        monkeypatch.setattr(Path, "rename", rename_or_crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_tiny(tmp_path / "checkpoint", step=2)
+        monkeypatch.undo()
+        state = cppo.load_state(tmp_path, config(), 1)
+        assert state["step"] == 1
+        renames, done = 0, itertools.count()
     cppo.load_model_and_tokenizer(state["model"])
     save_tiny(tmp_path / "checkpoint", step=3)
     assert cppo.load_state(tmp_path, config(), 1)["step"] == 3
@@ -1270,12 +1272,14 @@ def kill_after_step(process: subprocess.Popen, folder: Path, step: int):
     while process.poll() is None and not (file.exists() and line in file.read_text()):
         time.sleep(0.02)
     assert process.poll() is None, "it ended before it could be killed"
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    for entry in listing.splitlines():
-        pid, _, command = entry.strip().partition(" ")
-        if str(folder) in command:
-            os.kill(int(pid), signal.SIGKILL)
-    process.wait()
+    everyone = [process.pid]
+    for pid in everyone:  # torchrun's ranks are its children, in sessions of their own
+        listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
+        everyone += map(int, listing.stdout.split())
+    for pid in everyone:
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert len(everyone) >= 1 + (process.args[1] == "-m") * 2
 
 
 @pytest.mark.slow
@@ -1284,8 +1288,10 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(ranks, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*RUN, "--output_dir", whole, ranks=ranks).returncode == 0
     kill_after_step(start_process(*RUN, "--output_dir", killed, ranks=ranks), killed, step=3)
+    assert read_metrics(killed)[-1]["step"] == 3
     resumed = run(*RUN, "--output_dir", killed, "--resume", ranks=ranks)
     assert resumed.returncode == 0, resumed.stderr
+    assert "goes on after step 2" in resumed.stdout
     a, b = (without_seconds(read_metrics(folder)) for folder in (whole, killed))
     assert a == b and [m["step"] for m in b] == [0, 0, 1, 2, 3, 4, 5, 5]
     weights = [(f / "checkpoint/model.safetensors").read_bytes() for f in (whole, killed)]
