@@ -476,7 +476,7 @@ def sample_completions(
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50 or 50%. No part can match in two lengths and then fail: linear time on any text.
+# -$1,234.50 or 50%. Only runs of digits repeat, and none twice in a row: linear time on any text.
 NUMBER = re.compile(
     r"([+-]?)\$?([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
