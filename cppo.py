@@ -34,6 +34,7 @@ Letters of shapes; rows are question-major everywhere: repeat_interleave in, vie
 import argparse
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import itertools
 import json
@@ -42,6 +43,7 @@ import os
 import random
 import re
 import shutil
+import statistics
 import sys
 import time
 from collections import Counter
@@ -59,6 +61,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -120,7 +123,11 @@ class Config:
     temperature: float = flag(1.0, "of sampling, and of every log-probability", "(0, inf)")
     max_prompt_tokens: int | None = flag(None, "L: longer prompts are left out", "[1, inf)")
     max_completion_tokens: int | None = flag(None, "C: longer completions are cut", "[1, inf)")
-    tokens_per_microbatch: int = flag(8192, "N x T of one forward pass at most", "[1, inf)")
+    tokens_per_microbatch: int | None = flag(
+        None,
+        "N x T of a forward pass at most (default: 8192; gsm8k 4096, on a CPU 1024)",
+        "[1, inf)",
+    )
     sample_batch: int | None = flag(None, "completions sampled at once at most", "[2, inf)")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto", "of compute; masters stay float32. auto is bfloat16 with CUDA, else float32"
@@ -134,6 +141,8 @@ class Config:
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
     save_every: int = flag(0, "steps between checkpoints; 0: at the end only", "[0, inf)")
     resume: bool = flag(False, "go on from the checkpoint in --output_dir, if there is one")
+    benchmark: bool = flag(False, "time a few --steps at each pruning rate and write nothing")
+    ignore_eos: bool = flag(False, "with --benchmark: completions of full length, equal work")
     seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483647]")
 
     def __post_init__(self):
@@ -145,8 +154,13 @@ class Config:
             self.task = "gsm8k" if data or torch.cuda.is_available() else "arithmetic"
         if self.dtype == "auto":
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        if self.tokens_per_microbatch is None:
+            large = 4096 if torch.cuda.is_available() else 1024  # Qwen's logits of 4096: 2.5 GB
+            self.tokens_per_microbatch = 8192 if self.task == "arithmetic" else large
         if self.task == "arithmetic" and data:
             raise UserError("--task arithmetic makes its own questions: drop the data files")
+        if self.benchmark and self.steps is None:
+            self.steps = 3
         for name, value in {"output_dir": f"runs/{self.task}", **TASK_DEFAULTS[self.task]}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -162,6 +176,12 @@ class Config:
             raise UserError(f"--sample_batch must be at least --group_size, {self.group_size}")
         if self.eval_only and self.eval_questions == 0:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
+        if self.eval_only and self.benchmark:
+            raise UserError("--eval_only and --benchmark are two things to do: drop one")
+        if self.benchmark and self.steps == 0:
+            raise UserError("--benchmark with --steps 0 leaves nothing to do")
+        if self.ignore_eos and not self.benchmark:
+            raise UserError("--ignore_eos is for --benchmark: nothing is learned without an EOS")
 
     @property
     def num_kept(self) -> int:
@@ -199,7 +219,7 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     if config.task == "arithmetic":
         return arithmetic_questions()
     train = [] if config.eval_only else gsm8k_questions(config.train_data, "train")
-    return train, gsm8k_questions(config.test_data, "test")
+    return train, [] if config.benchmark else gsm8k_questions(config.test_data, "test")
 
 
 def arithmetic_questions(num_train=2560, num_test=512) -> tuple[list[Question], list[Question]]:
@@ -392,12 +412,43 @@ def draw_tokens(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor,
     """(R, V) logits -> next tokens (R,) and their log-probabilities (R,); temperature 0: greedy."""
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)  # log 1 = 0
-    log_probs = F.log_softmax(logits.float() / temperature, dim=-1)  # (R, V)
+    probs = F.softmax(logits.float() / temperature, dim=-1)  # (R, V)
     # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
-    cdf = log_probs.exp().cumsum(-1)  # (R, V); the last column is 1 but for rounding
+    cdf = probs.cumsum(-1)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]  # (R, 1)
     tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
-    return tokens[:, 0], log_probs.gather(1, tokens)[:, 0]
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with spare columns: a new token is written into the next one,
+    where the base class would copy all that came before, at every token."""
+
+    spare = 64  # columns, but never more than there will be tokens
+
+    def __init__(self, layer: DynamicLayer, max_tokens: int):
+        super().__init__()
+        vars(self).update(vars(layer))  # the keys and values of the prompts, (R, heads, L, D)
+        self.most = self.get_seq_length() + max_tokens
+        self.room: torch.Tensor | None = None  # (2, R, heads, columns, D)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends a token's keys and values, (R, heads, 1, D); returns all there are."""
+        new = torch.stack([key_states, value_states])  # (2, R, heads, 1, D)
+        start = self.get_seq_length()
+        end = start + new.shape[3]
+        if self.room is None or end > self.room.shape[3]:
+            columns = min(end + self.spare, self.most)
+            self.room = new.new_empty(*new.shape[:3], columns, new.shape[4])
+            self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
+        self.room[:, :, :, start:end] = new
+        self.keys, self.values = self.room[:, :, :, :end]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        """Keeps these rows only; the next token makes room for them anew."""
+        self.room = None
+        super().batch_select_indices(indices)
 
 
 @torch.no_grad()
@@ -419,6 +470,9 @@ def sample_together(
     # Each prompt has been read once; from here on there are R completions, at first Q G.
     cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)
+    cache.layers = [
+        RoomyLayer(x, max_tokens) if type(x) is DynamicLayer else x for x in cache.layers
+    ]
     logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)  # (R, V)
     mask = mask.repeat_interleave(group_size, dim=0)  # (R, L), then one column more per token
     positions = positions[:, -1:].repeat_interleave(group_size, dim=0)  # (R, 1)
@@ -569,7 +623,7 @@ def rollout(
     model, tokenizer, questions: list[Question], group_size: int, temperature: float, config: Config
 ) -> list[Completion]:
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
-    eos_ids = eos_token_ids(model, tokenizer)
+    eos_ids = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
     sampled = sample_completions(
         model, [q.prompt_ids for q in questions], group_size, config.max_completion_tokens,
         temperature, eos_ids, config.sample_batch,
@@ -679,7 +733,9 @@ def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (N, C), 0 in padding."""
     # The mask has the model compute logits for completion tokens only, M = sum_i |o_i| of them.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
-    logits = out.logits.float() / temperature  # (M, V)
+    logits = out.logits.float()  # (M, V), by far the largest tensor
+    if temperature != 1:
+        logits = logits / temperature
     targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (M,)
     log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
     return log_probs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_probs)
@@ -773,7 +829,8 @@ def update(
     batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
     ledger["padded_tokens"] = sum(b.input_ids.numel() for b in batches)
     ledger["padded_tokens"] -= sum(row.num_tokens for row in rows)
-    sums = Counter(loss=0.0, kl=0.0, clip_fraction=0.0, sampling_gap=0.0)
+    names = "loss", "kl", "clip_fraction", "sampling_gap"
+    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def forward(batch: Batch) -> torch.Tensor:
         # The masters are float32, for a bfloat16 weight does not move by 1e-6; compute may be less.
@@ -783,7 +840,7 @@ def update(
             # The weights have not moved since the sampling: pi_old costs no forward of its own.
             batch.old_log_probs = log_probs.detach()
             gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (N, C)
-            sums["sampling_gap"] += token_mean(gap, batch.mask).sum().item()
+            sums["sampling_gap"] += token_mean(gap, batch.mask).sum()
             if config.beta > 0:
                 with torch.no_grad():
                     batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
@@ -792,7 +849,7 @@ def update(
             config.clip_eps, config.beta,
         )  # fmt: skip
         for name, value in {"loss": losses.detach(), **statistics}.items():
-            sums[name] += value.sum().item() / config.num_iterations
+            sums[name] += value.sum() / config.num_iterations
         return losses.sum()
 
     norm = 0.0
@@ -800,7 +857,7 @@ def update(
         norm += optimizer_step(
             policy, optimizer, scheduler, batches, forward, len(rows), config.max_grad_norm
         )
-    ledger.update(sums)
+    ledger.update({name: value.item() for name, value in sums.items()})
     return norm / config.num_iterations
 
 
@@ -1032,11 +1089,23 @@ def random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def restore(state: dict, rank: int, optimizer, scheduler) -> int:
+def save_checkpoint(folder: Path, learner, step: int, asked_here: int, config: Config):
+    """Gathers the state of all ranks; the first one writes it, with the model."""
+    ranks = gather({"asked": asked_here, **random_state()})
+    if is_first_rank():
+        trainer = {
+            "step": step, "ranks": ranks, "config": dataclasses.asdict(config),
+            "optimizer": learner.optimizer.state_dict(),
+            "scheduler": learner.scheduler.state_dict(),
+        }  # fmt: skip
+        save_folder(folder, learner.model, learner.tokenizer, trainer)
+
+
+def restore(state: dict, rank: int, learner) -> int:
     """Takes up a checkpoint's state; returns how many questions this rank had asked."""
     mine = state["ranks"][rank]
-    optimizer.load_state_dict(state.pop("optimizer"))
-    scheduler.load_state_dict(state["scheduler"])
+    learner.optimizer.load_state_dict(state.pop("optimizer"))
+    learner.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"])
@@ -1044,11 +1113,10 @@ def restore(state: dict, rank: int, optimizer, scheduler) -> int:
 
 
 def prepare(config: Config, model_name: str | None, world_size: int, device):
-    """(model, tokenizer, training questions, test questions, steps), and the opening lines."""
+    """(model, tokenizer, training questions, test questions), and the opening line."""
     torch.manual_seed(config.seed)
     model, tokenizer = load_model_and_tokenizer(model_name)
     loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
-    test_questions = test_questions[: config.eval_questions]
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = ""
     if len(questions) < len(loaded):
@@ -1059,17 +1127,9 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
     say(
         f"cppo: task {config.task}, as {config.task_reason}; model {model_name or 'tiny Qwen2'} "
         f"of {model.num_parameters() / 1e6:,.2f}M parameters; {world_size} rank(s), {device.type}, "
-        f"{config.dtype}"
+        f"{config.dtype}{left_out}"
     )
-    if config.eval_only:
-        return model.to(device), tokenizer, [], test_questions, 0
-    per_step = world_size * config.questions_for(config.room(world_size))
-    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    say(
-        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}{left_out}), "
-        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
-    )
-    return model.to(device), tokenizer, questions, test_questions, steps
+    return model.to(device), tokenizer, questions, test_questions[: config.eval_questions]
 
 
 def load_reference(model, state: dict, folder: Path, config: Config):
@@ -1086,10 +1146,58 @@ def load_reference(model, state: dict, folder: Path, config: Config):
 def score(config: Config):
     """--eval_only: evaluates a model and writes nothing."""
     rank, world_size, device = init_distributed()
-    model, tokenizer, _, questions, _ = prepare(config, config.model, world_size, device)
+    model, tokenizer, _, questions = prepare(config, config.model, world_size, device)
     result = evaluate(copy_for(model, config.dtype), tokenizer, questions, rank, world_size, config)
     say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**result))
     close_distributed()
+
+
+@dataclass
+class Learner:
+    """What a step of CPPO reads and changes."""
+
+    model: torch.nn.Module  # pi_theta, the float32 masters
+    policy: torch.nn.Module  # the same weights; inside DDP where there are several ranks
+    sampler: torch.nn.Module  # the same in the dtype of compute; in float32 the model itself
+    reference: torch.nn.Module | None  # pi_ref
+    tokenizer: transformers.PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def make_learner(policy, reference, tokenizer, learning_rate: float, steps: int, config: Config):
+    """The Learner of a run of so many steps."""
+    model = policy.module if isinstance(policy, DistributedDataParallel) else policy
+    apart = config.dtype != "float32" or config.gradient_checkpointing  # which forbids a cache
+    sampler = copy_for(model, config.dtype) if apart else model
+    optimizer, scheduler = make_optimizer(
+        policy, learning_rate, steps * config.num_iterations, config.warmup_ratio
+    )
+    return Learner(model, policy, sampler, reference, tokenizer, optimizer, scheduler)
+
+
+def train_step(learner: Learner, stream: Iterator[Question], room: int, config: Config):
+    """One step of CPPO. Returns (questions this rank asked, the numbers of all ranks)."""
+    start = time.perf_counter()
+
+    def draw(questions: list[Question]) -> list[Completion]:
+        sampler, tokenizer = learner.sampler, learner.tokenizer
+        return rollout(sampler, tokenizer, questions, config.group_size, config.temperature, config)
+
+    rows, ledger = collect_batch(draw, stream, room, config)
+    sampled = time.perf_counter()
+    learning_rate = learner.scheduler.get_last_lr()[0]
+    grad_norm = update(
+        learner.policy, learner.reference, learner.optimizer, learner.scheduler, rows, ledger,
+        config,
+    )  # fmt: skip
+    refresh(learner.sampler, learner.model)
+    trained = time.perf_counter()
+    ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
+    return ledger["questions"], {
+        **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
+        "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
+    }  # fmt: skip
 
 
 def train(config: Config):
@@ -1099,11 +1207,18 @@ def train(config: Config):
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     rank, world_size, device = init_distributed()
+    room = config.room(world_size)
     state = load_state(folder, config, world_size) if config.resume else {}
     if len({then["step"] for then in gather({"step": state.get("step")})}) > 1:
         raise UserError("--resume: --output_dir must be one folder that all machines share")
-    model, tokenizer, questions, test_questions, steps = prepare(
+    model, tokenizer, questions, test_questions = prepare(
         config, state.get("model", config.model), world_size, device
+    )
+    per_step = world_size * config.questions_for(room)
+    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
+    say(
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
+        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
     )
 
     start_run(folder, config, done=state.get("step", -1))
@@ -1114,57 +1229,32 @@ def train(config: Config):
         if is_first_rank():
             save_folder(folder / "reference", model, tokenizer)
     reference = load_reference(model, state, folder, config)
-    apart = config.dtype != "float32" or config.gradient_checkpointing  # which forbids a cache
-    sampler = copy_for(model, config.dtype) if apart else model
-    optimizer, scheduler = make_optimizer(
-        policy, config.learning_rate, steps * config.num_iterations, config.warmup_ratio
-    )
+    learner = make_learner(policy, reference, tokenizer, config.learning_rate, steps, config)
     torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
     asked = sum(then["asked"] for then in state.get("ranks", []))  # questions, by all ranks
-    asked_here = restore(state, rank, optimizer, scheduler) if state else 0
+    asked_here = restore(state, rank, learner) if state else 0
     stream = question_stream(questions, config.seed, rank, world_size)
     stream = itertools.islice(stream, asked_here, None)
 
-    def draw(some: list[Question]) -> list[Completion]:
-        return rollout(sampler, tokenizer, some, config.group_size, config.temperature, config)
-
     def evaluate_and_save(step: int):
         if step in (0, steps) or (config.eval_every and step % config.eval_every == 0):
-            score = evaluate(sampler, tokenizer, test_questions, rank, world_size, config)
+            score = evaluate(learner.sampler, tokenizer, test_questions, rank, world_size, config)
             log(folder, {"step": step, **score})
         if step == steps or (config.save_every and step % config.save_every == 0):
-            ranks = gather({"asked": asked_here, **random_state()})
-            trainer = {
-                "step": step, "ranks": ranks,
-                "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                "config": dataclasses.asdict(config),
-            }  # fmt: skip
-            if is_first_rank():
-                save_folder(folder / "checkpoint", model, tokenizer, trainer)
+            save_checkpoint(folder / "checkpoint", learner, step, asked_here, config)
 
     if not state:
         evaluate_and_save(step=0)
     todo = range(state.get("step", 0) + 1, steps + 1)
     for step in tqdm(todo, config.task, steps, initial=todo.start - 1, disable=not is_first_rank()):
-        start = time.perf_counter()
-        rows, ledger = collect_batch(draw, stream, config.room(world_size), config)
-        sampled = time.perf_counter()
-        learning_rate = scheduler.get_last_lr()[0]
-        grad_norm = update(policy, reference, optimizer, scheduler, rows, ledger, config)
-        refresh(sampler, model)
-        trained = time.perf_counter()
-        if not math.isfinite(grad_norm):
+        asked_now, numbers = train_step(learner, stream, room, config)
+        if not math.isfinite(numbers["grad_norm"]):
             raise UserError(
                 f"step {step}'s gradient is not finite: start with a lower --learning_rate"
             )
-        asked_here += ledger["questions"]
-        ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
-        metrics = {
-            "step": step, "epoch": 0.0, **step_metrics(ledger, device), "grad_norm": grad_norm,
-            "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
-        }  # fmt: skip
-        asked += metrics["questions"]
-        metrics["epoch"] = asked / len(questions)
+        asked_here += asked_now
+        asked += numbers["questions"]
+        metrics = {"step": step, "epoch": asked / len(questions), **numbers}
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
             say(step_line(metrics, steps))
@@ -1174,8 +1264,62 @@ def train(config: Config):
     close_distributed()
 
 
+# --- Benchmark ------------------------------------------------------------------------------------
+def benchmark(config: Config):
+    """--benchmark: what pruning would save with this model on this machine, step by step as train()
+    takes them, but at a learning rate of 0, so that all pruning rates sample from one policy."""
+    rank, world_size, device = init_distributed()
+    config.room(world_size)
+    model, tokenizer, questions, _ = prepare(config, config.model, world_size, device)
+    policy = trainable(model, config.gradient_checkpointing)
+    if config.warm_start_steps:
+        stream = question_stream(questions, config.seed, rank, world_size)
+        warm_start(policy, tokenizer, stream, world_size, config)
+    reference = load_reference(model, {}, Path(), config)
+    learner = make_learner(policy, reference, tokenizer, 0.0, config.steps, config)
+    say(f"cppo: medians of {config.steps} steps of {config.batch_size} trained completions")
+    say("     P   k  questions  s/question  speedup  bound  sampled/s  trained/s  sampling")
+    rates = {}  # k -> P: with a small G, several P keep as many
+    for rate in (0.0, 0.5, 0.75, 0.875, 0.9375):
+        rates.setdefault(dataclasses.replace(config, pruning_rate=rate).num_kept, rate)
+    names = "questions", "sampled_tokens", "trained_tokens"
+    names += "sample_seconds", "train_seconds", "step_seconds"
+    grpo = 0.0  # seconds per question at P = 0
+    for k, rate in rates.items():
+        pruned = dataclasses.replace(config, pruning_rate=rate)
+        torch.manual_seed(config.seed + 1 + rank)
+        stream = question_stream(questions, config.seed, rank, world_size)
+        bar = tqdm(range(config.steps + 1), f"P {rate}", leave=False, disable=not is_first_rank())
+        runs = [train_step(learner, stream, pruned.room(world_size), pruned)[1] for _ in bar][1:]
+        m = {name: statistics.median(run[name] for run in runs) for name in names}
+        per_question = m["step_seconds"] / m["questions"]
+        grpo = grpo or per_question
+        say(
+            f"{rate:6.4g} {k:3d} {m['questions']:10.0f} {per_question:11.4g} "
+            f"{grpo / per_question:7.2f}x {grpo * m['questions'] / m['sample_seconds']:5.1f}x "
+            f"{m['sampled_tokens'] / m['sample_seconds']:10,.0f} "
+            f"{m['trained_tokens'] / m['train_seconds']:10,.0f} "
+            f"{m['sample_seconds'] / m['step_seconds']:9.0%}"
+        )
+    say(
+        "bound: the speedup if training cost nothing; tokens are the completions', a trained one "
+        f"counts once for all {config.num_iterations} passes (mu)"
+    )
+    close_distributed()
+
+
+def keep_freed_memory():
+    """Has glibc keep what tensors free. It would hand big blocks back to the kernel, which then has
+    to wipe new pages for the next tensor: a quarter of the time of a training step on a CPU."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a big tensor
+
+
 def main():
     """The command line."""
+    keep_freed_memory()
     sys.stdout.reconfigure(line_buffering=True)
     defaults = [f"{task}: {json.dumps(flags)[1:-1]}" for task, flags in TASK_DEFAULTS.items()]
     parser = transformers.HfArgumentParser(
@@ -1193,7 +1337,7 @@ def main():
     parser.error = error
     try:
         config = Config(**vars(parser.parse_args()))
-        score(config) if config.eval_only else train(config)
+        (score if config.eval_only else benchmark if config.benchmark else train)(config)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("cppo.py:", " ".join(str(error).split())[:400], file=sys.stderr)

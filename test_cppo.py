@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers.cache_utils import DynamicLayer
 
 import cppo
 from cppo import Completion, Config, Question, UserError
@@ -137,6 +138,8 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1(group_size, pruning_rate
         (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
         (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
+        (["--eval_only", "--benchmark"], "--benchmark"), (["--ignore_eos"], "--ignore_eos"),
+        (["--benchmark", "--steps", "0"], "--steps"),
         (["--resume", "perhaps"], "--resume"), (["--seed", "-1"], "--seed"),
         (["--prunning_rate", "0.5"], "--prunning_rate"), (["--prun", "0.5"], "--prun"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task"),
@@ -392,6 +395,31 @@ def test_a_prompt_is_read_once_for_its_G_completions_and_finished_rows_leave():
     assert live == sorted(live, reverse=True)
 
 
+def test_the_cache_with_spare_columns_holds_what_the_plain_one_holds():
+    g = torch.Generator().manual_seed(0)
+
+    def token():
+        return torch.randn(2, 4, 3, 1, 8, generator=g)  # keys and values of 4 rows
+
+    plain = DynamicLayer()
+    plain.update(*torch.randn(2, 4, 3, 5, 8, generator=g))  # prompts of 5 tokens
+    roomy = cppo.RoomyLayer(plain, max_tokens=13)
+    roomy.spare = 3  # so that it has to make room more than once
+    rows = torch.arange(4)
+    for t in range(12):
+        if t in (2, 5, 11):  # rows leave, or change places
+            rows = {2: [3, 0, 2], 5: [2, 1, 0], 11: [1]}[t]
+            plain.batch_select_indices(torch.tensor(rows))
+            roomy.batch_select_indices(torch.tensor(rows))
+        keys, values = token()[:, : len(rows)]
+        for a, b in zip(plain.update(keys, values), roomy.update(keys, values), strict=True):
+            assert torch.equal(a, b)
+        assert roomy.get_seq_length() == 5 + t + 1
+    memory = roomy.keys.data_ptr()
+    roomy.update(*token()[:, :1])
+    assert roomy.keys.data_ptr() == memory  # one token more has copied nothing
+
+
 def test_tokens_are_drawn_as_often_as_the_model_says():
     logits, temperature, draws = torch.tensor([2.0, 0.0, 1.0, -1.0, -math.inf, 0.5]), 0.8, 40_000
     expected = (logits / temperature).softmax(-1) * draws
@@ -438,6 +466,16 @@ def test_each_completion_is_scored_against_its_own_question(monkeypatch):
     assert [c.truncated for c in scored] == [False, False, True, False, False, False]
     assert [c.prompt_ids for c in scored] == [questions[i // 3].prompt_ids for i in range(6)]
     assert scored[0].reward == 3
+
+
+def test_ignore_eos_samples_completions_of_full_length():
+    model, tokenizer = cppo.tiny_model_and_tokenizer()
+    questions = cppo.encode_prompts([Question("1+1=", "2")], tokenizer)
+    torch.manual_seed(0)
+    settings = config(benchmark=True, ignore_eos=True, max_completion_tokens=40)
+    completions = cppo.rollout(model, tokenizer, questions, 32, 1.0, settings)
+    assert all(len(c.token_ids) == 40 and c.truncated for c in completions)
+    assert any(tokenizer.eos_token_id in c.token_ids for c in completions)
 
 
 # --- Rewards --------------------------------------------------------------------------------------
@@ -1249,6 +1287,37 @@ def test_help_explains_every_flag():
         assert f"  --{name}" in text
     for symbol in ("G:", "P:", "N:", "mu:", "eps:", "beta:", "k = floor(G (1 - P))"):
         assert symbol in text
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_the_papers_table_and_writes_nothing(tmp_path):
+    options = "--warm_start_steps 1 --steps 2 --max_completion_tokens 8 --ignore_eos".split()
+    result = run("--benchmark", *options, "--output_dir", tmp_path / "run")
+    assert result.returncode == 0 and not (tmp_path / "run").exists(), result.stderr
+    table = [line.split() for line in result.stdout.splitlines() if "x" in line and "%" in line]
+    ledger = [[float(x) for x in row[:3]] for row in table]
+    assert ledger == [[0, 16, 8], [0.5, 8, 16], [0.75, 4, 32], [0.875, 2, 64], [0.9375, 1, 128]]
+    seconds, speedup, bound = (
+        [float(r[i].rstrip("x")) for r in table] for i in (3, 4, 5)
+    )  # fmt: skip
+    for i in range(5):
+        assert speedup[i] == pytest.approx(seconds[0] / seconds[i], rel=0.01)
+        assert bound[i] > speedup[i]  # as if training took no time
+    small = run("--benchmark", *options, "--group_size", 4, "--batch_size", 16)
+    table = [line.split() for line in small.stdout.splitlines() if "x" in line and "%" in line]
+    assert [row[1] for row in table] == ["4", "2", "1"]  # no k twice
+
+
+def test_a_benchmark_step_does_all_the_work_and_leaves_the_weights_alone():
+    model, tokenizer = cppo.tiny_model_and_tokenizer()
+    before = [p.detach().clone() for p in model.parameters()]
+    settings = config(benchmark=True, batch_size=32, max_completion_tokens=8)
+    learner = cppo.make_learner(model, copy.deepcopy(model), tokenizer, 0.0, 1, settings)
+    questions = cppo.encode_prompts([Question(f"1+{i}=", f"{i + 1}") for i in range(9)], tokenizer)
+    asked, numbers = cppo.train_step(learner, cppo.question_stream(questions, 0), 32, settings)
+    assert asked == numbers["questions"] == 16 and numbers["kept"] == 32
+    assert learner.optimizer.state  # it has stepped
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 RUN = "--warm_start_steps 12 --steps 5 --save_every 2 --batch_size 32 --eval_questions 32".split()
