@@ -43,9 +43,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,6 +69,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 class UserError(Exception):
     """A mistake that the user can mend: one line on stderr says how, and the exit status is 2."""
+
+
+class NotFinite(UserError):
+    """A gradient of inf or nan; the weights are still those of before it."""
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
@@ -283,7 +289,9 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
             subset = "main" if source == "openai/gsm8k" else None
             table = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # of all sorts: an empty file is a StopIteration
-        raise UserError(f"--{split}_data {source} is no file that loads: {error!r}") from error
+        hint = f"give a file that ends in {', '.join(kinds)}, or with network a hub name"
+        what = f"--{split}_data {source} is no file that loads; {hint}"
+        raise UserError(f"{what}: {error!r}") from error
     if missing := set(columns) - set(table.column_names):
         raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
     rows = [
@@ -362,8 +370,12 @@ def load_model_and_tokenizer(name: str | None):
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        if not set(tokenizer("42").input_ids) - {*tokenizer.all_special_ids}:  # an empty one
+            raise ValueError("it lacks the tokenizer's files")
     except Exception as error:  # of all sorts, down to the half-written file of weights
-        raise UserError(f"--model {name} is no folder or hub name that loads: {error}") from error
+        hint = "without network, give a folder that save_pretrained has made"
+        what = f"--model {name} is no folder or hub name that loads; {hint}"
+        raise UserError(f"{what}: {error}") from error
     eos_ids = eos_token_ids(model, tokenizer)
     if not eos_ids:
         raise UserError(f"--model {name} has no EOS token: its completions would never end")
@@ -430,24 +442,26 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         vars(self).update(vars(layer))  # the keys and values of the prompts, (R, heads, L, D)
         self.most = self.get_seq_length() + max_tokens
-        self.room: torch.Tensor | None = None  # (2, R, heads, columns, D)
+        self.rooms: list[torch.Tensor] = []  # for keys and values: (R, heads, columns, D)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Appends a token's keys and values, (R, heads, 1, D); returns all there are."""
-        new = torch.stack([key_states, value_states])  # (2, R, heads, 1, D)
         start = self.get_seq_length()
-        end = start + new.shape[3]
-        if self.room is None or end > self.room.shape[3]:
+        end = start + key_states.shape[2]
+        if not self.rooms or end > self.rooms[0].shape[2]:
             columns = min(end + self.spare, self.most)
-            self.room = new.new_empty(*new.shape[:3], columns, new.shape[4])
-            self.room[0, :, :, :start], self.room[1, :, :, :start] = self.keys, self.values
-        self.room[:, :, :, start:end] = new
-        self.keys, self.values = self.room[:, :, :, :end]
+            old, self.rooms = (self.keys, self.values), []
+            for x in old:
+                self.rooms.append(x.new_empty(*x.shape[:2], columns, x.shape[3]))
+                self.rooms[-1][:, :, :start] = x
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
         """Keeps these rows only; the next token makes room for them anew."""
-        self.room = None
+        self.rooms = []
         super().batch_select_indices(indices)
 
 
@@ -785,8 +799,8 @@ def optimizer_step(
     """One step on sum_batches forward(batch) / count, sum and count over all ranks.
 
     Returns the gradient's norm before the clip. Ranks may have unequal numbers of batches, or none:
-    they exchange gradients once, with the last. Where there is nothing to average, on all ranks
-    (count 0), the weights stay as they are.
+    they exchange gradients once, with the last. The weights stay as they are where there is nothing
+    to average, on all ranks (count 0), and where the norm is not finite, which is for the caller.
     """
     device = next(policy.parameters()).device
     if not batches:  # answer the exchange with zeros
@@ -801,8 +815,9 @@ def optimizer_step(
         if parameter.grad is not None:  # DDP has made it sum / world_size; wanted is sum / total
             parameter.grad.mul_(world_size / max(total, 1))
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
-    if total > 0:
-        optimizer.step()
+    if total == 0 or not math.isfinite(grad_norm):
+        optimizer.zero_grad()  # a step without gradients moves nothing
+    optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return grad_norm
@@ -832,10 +847,10 @@ def update(
     names = "loss", "kl", "clip_fraction", "sampling_gap"
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
-    def forward(batch: Batch) -> torch.Tensor:
+    def forward(batch: Batch, model=policy) -> torch.Tensor:
         # The masters are float32, for a bfloat16 weight does not move by 1e-6; compute may be less.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
+            log_probs = token_log_probs(model, batch, config.temperature)  # (N, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no forward of its own.
             batch.old_log_probs = log_probs.detach()
@@ -857,8 +872,23 @@ def update(
         norm += optimizer_step(
             policy, optimizer, scheduler, batches, forward, len(rows), config.max_grad_norm
         )
+        if not math.isfinite(norm):  # on all ranks alike
+            raise NotFinite(culprit(getattr(policy, "module", policy), batches, forward))
     ledger.update({name: value.item() for name, value in sums.items()})
     return norm / config.num_iterations
+
+
+def culprit(model, batches: list[Batch], forward: Callable) -> list[int]:
+    """The prompt of a completion, of any rank, whose gradient by itself is not finite, or []."""
+    found: list[int] = []
+    for batch in batches:
+        for i in range(len(batch.input_ids)):
+            one = Batch(*(None if x is None else x[i : i + 1] for x in vars(batch).values()))
+            model.zero_grad()
+            forward(one, model).backward()
+            if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+                found = one.input_ids[0, : one.predicts[0].int().argmax() + 1].tolist()
+    return max(there["found"] for there in gather({"found": found}))  # [] is the least of lists
 
 
 def warm_start(
@@ -881,7 +911,13 @@ def warm_start(
             rows.append(Completion(question.prompt_ids, [*token_ids, tokenizer.eos_token_id]))
         batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
         count = sum(len(row.token_ids) for row in rows)
-        optimizer_step(policy, optimizer, scheduler, batches, forward, count, config.max_grad_norm)
+        norm = optimizer_step(
+            policy, optimizer, scheduler, batches, forward, count, config.max_grad_norm
+        )
+        if not math.isfinite(norm):
+            raise UserError(
+                "the warm start's gradient is not finite: lower --warm_start_learning_rate"
+            )
     return {"warm_start_steps": steps, "warm_start_seconds": time.perf_counter() - start}
 
 
@@ -923,21 +959,33 @@ def log(folder: Path, record: dict):
             file.write(json.dumps(record) + "\n")
 
 
+def replace_file(path: Path, text: str):
+    """Writes a file; crash at any moment, and the old or the new one is whole."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def save_folder(folder: Path, model, tokenizer, state: dict | None = None):
-    """Replaces a Hugging Face folder. Crash at any moment: the old or the new one is whole."""
+    """Replaces a Hugging Face folder, and keeps the one before as `.old`. Crash at any moment, or
+    fill the disk: the old or the new one is whole. Raises UserError."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
-    torch.save(state or {}, new / "trainer_state.pt")
-    for path in new.iterdir():  # on the disk before the old one goes: a power cut might take both
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():  # else `old` may be the only whole one there is
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        torch.save(state or {}, new / "trainer_state.pt")
+        files = [path for path in new.rglob("*") if path.is_file()]
+        for path in files:  # on the disk before the old one goes: power may fail
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if folder.exists():  # else `old` may be the only whole one there is
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+    except Exception as error:  # of all sorts: torch, safetensors and Python have their own
+        shutil.rmtree(new, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written, what was there stays: {error}") from error
 
 
 def gather(state: dict) -> list[dict]:
@@ -964,44 +1012,49 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
         state = torch.load(checkpoint / "trainer_state.pt", "cpu", weights_only=True)
         then = state["config"] | {"ranks": len(state["ranks"])}
     except Exception as error:
-        raise UserError(f"--resume: {checkpoint} cannot be read: {error}") from error
+        hint = f"rename {old}, the one before it, to that" if old.exists() else "start anew"
+        raise UserError(f"--resume: {checkpoint} cannot be read, {hint}: {error}") from error
     for name, now in (dataclasses.asdict(config) | {"ranks": world_size}).items():
         if name not in FREE and then.get(name) != now:
             raise UserError(f"--resume: {name} was {then.get(name)} in that run and is now {now}")
     return state | {"model": str(checkpoint)}
 
 
-def start_run(folder: Path, config: Config, done: int):
-    """Makes the run's folder with its config.json, and cuts metrics.jsonl back to step `done`."""
+def start_run(folder: Path, config: Config, done: int) -> bool:
+    """Makes the run's folder with its config.json, and cuts metrics.jsonl back to step `done`.
+
+    Returns, on the first rank, whether that step is evaluated already.
+    """
     if not is_first_rank():
-        return
-    metrics, new = folder / "metrics.jsonl", folder / "metrics.jsonl.new"
+        return False
+    metrics = folder / "metrics.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lines = metrics.read_text().splitlines() if done >= 0 else []
         lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= done]
-        new.write_text("".join(line + "\n" for line in lines))
-        new.replace(metrics)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        replace_file(metrics, "".join(line + "\n" for line in lines))
+        replace_file(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
     if config.resume:
         how = f"goes on after step {done}" if done >= 0 else "finds no checkpoint, starts afresh"
         say(f"cppo: --resume {how}")
+    return any("eval_accuracy" in (m := json.loads(x)) and m["step"] == done for x in lines)
 
 
 DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
     "sampled": "reward accuracy format truncated completion_tokens",
     "kept": "abs_advantage_kept loss kl clip_fraction sampling_gap",
     "pruned": "abs_advantage_pruned",
-    "ranks": "sample_seconds train_seconds",
+    "ranks": "sample_seconds wait_seconds train_seconds",
 }
 
 
 def step_metrics(ledger: Counter, device) -> dict:
     """The numbers of a step, from the ledgers of all ranks; null where nothing is averaged."""
     total = dict(zip(ledger, sum_over_ranks([*ledger.values()], device), strict=True))
-    metrics = {name: int(value) for name, value in total.items()}
+    averages = " ".join(DENOMINATORS.values()).split()
+    metrics = {name: int(x) for name, x in total.items() if name not in averages}
     for count, names in DENOMINATORS.items():
         for name in names.split():
             metrics[name] = total[name] / total[count] if total[count] else None
@@ -1101,6 +1154,17 @@ def save_checkpoint(folder: Path, learner, step: int, asked_here: int, config: C
         save_folder(folder, learner.model, learner.tokenizer, trainer)
 
 
+def num_steps(questions: list[Question], room: int, world_size: int, config: Config) -> int:
+    """The steps of the run, and a line that says what they are made of."""
+    per_step = world_size * config.questions_for(room)
+    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
+    say(
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
+        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+    )
+    return steps
+
+
 def restore(state: dict, rank: int, learner) -> int:
     """Takes up a checkpoint's state; returns how many questions this rank had asked."""
     mine = state["ranks"][rank]
@@ -1165,9 +1229,20 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
-def make_learner(policy, reference, tokenizer, learning_rate: float, steps: int, config: Config):
-    """The Learner of a run of so many steps."""
-    model = policy.module if isinstance(policy, DistributedDataParallel) else policy
+def make_learner(
+    model, tokenizer, questions: list[Question], state: dict, folder: Path | None,
+    learning_rate: float, steps: int, config: Config, rank: int = 0, world_size: int = 1,
+) -> Learner:  # fmt: skip
+    """The Learner of a run of so many steps; after the warm start, unless a `state` is resumed."""
+    policy = trainable(model, config.gradient_checkpointing)
+    if config.warm_start_steps and not state:
+        stream = question_stream(questions, config.seed, rank, world_size)
+        record = warm_start(policy, tokenizer, stream, world_size, config)
+        if folder:
+            log(folder, {"step": 0, **record})
+            if is_first_rank():
+                save_folder(folder / "reference", model, tokenizer)
+    reference = load_reference(model, state, folder, config)
     apart = config.dtype != "float32" or config.gradient_checkpointing  # which forbids a cache
     sampler = copy_for(model, config.dtype) if apart else model
     optimizer, scheduler = make_optimizer(
@@ -1186,79 +1261,104 @@ def train_step(learner: Learner, stream: Iterator[Question], room: int, config: 
 
     rows, ledger = collect_batch(draw, stream, room, config)
     sampled = time.perf_counter()
+    if dist.is_initialized():
+        dist.barrier()
+    waited = time.perf_counter()  # for the rank that sampled longest
     learning_rate = learner.scheduler.get_last_lr()[0]
-    grad_norm = update(
-        learner.policy, learner.reference, learner.optimizer, learner.scheduler, rows, ledger,
-        config,
-    )  # fmt: skip
+    try:
+        grad_norm = update(
+            learner.policy, learner.reference, learner.optimizer, learner.scheduler, rows, ledger,
+            config,
+        )  # fmt: skip
+    except NotFinite as error:
+        prompt = learner.tokenizer.decode(error.args[0])[-99:]
+        where = f"at the question ...{prompt!r}" if prompt else "of no one question"
+        raise NotFinite(f"the gradient is not finite, {where}") from error
     refresh(learner.sampler, learner.model)
     trained = time.perf_counter()
-    ledger.update(ranks=1, sample_seconds=sampled - start, train_seconds=trained - sampled)
+    ledger.update(ranks=1, sample_seconds=sampled - start)
+    ledger.update(wait_seconds=waited - sampled, train_seconds=trained - waited)
     return ledger["questions"], {
         **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
         "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
+def catch_signals() -> list[int]:
+    """From now on SIGTERM and Ctrl-C only leave their numbers in the list that this returns, for
+    the end of the step. A second Ctrl-C kills; SIGTERM may well come twice, from torchrun too."""
+    caught: list[int] = []
+
+    def catch(number: int, _frame):
+        caught.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        say("cppo: this step is the last")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
 def train(config: Config):
     """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
-    folder = Path(config.output_dir)
-    ours = config.resume and (folder / "metrics.jsonl").exists()
+    folder, checkpoint = Path(config.output_dir), Path(config.output_dir, "checkpoint")
+    ours = config.resume and any(folder.glob("metrics.jsonl*"))  # it, or its replacement
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     rank, world_size, device = init_distributed()
     room = config.room(world_size)
     state = load_state(folder, config, world_size) if config.resume else {}
-    if len({then["step"] for then in gather({"step": state.get("step")})}) > 1:
+    done = state.get("step", 0)
+    if len({there["done"] for there in gather({"done": done})}) > 1:
         raise UserError("--resume: --output_dir must be one folder that all machines share")
     model, tokenizer, questions, test_questions = prepare(
         config, state.get("model", config.model), world_size, device
     )
-    per_step = world_size * config.questions_for(room)
-    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    say(
-        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
-        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
-    )
-
-    start_run(folder, config, done=state.get("step", -1))
-    policy = trainable(model, config.gradient_checkpointing)
-    if config.warm_start_steps and not state:
-        stream = question_stream(questions, config.seed, rank, world_size)
-        log(folder, {"step": 0, **warm_start(policy, tokenizer, stream, world_size, config)})
-        if is_first_rank():
-            save_folder(folder / "reference", model, tokenizer)
-    reference = load_reference(model, state, folder, config)
-    learner = make_learner(policy, reference, tokenizer, config.learning_rate, steps, config)
+    steps = num_steps(questions, room, world_size, config)
+    evaluated = start_run(folder, config, done if state else -1)
+    learner = make_learner(
+        model, tokenizer, questions, state, folder, config.learning_rate, steps, config, rank,
+        world_size,
+    )  # fmt: skip
     torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
     asked = sum(then["asked"] for then in state.get("ranks", []))  # questions, by all ranks
     asked_here = restore(state, rank, learner) if state else 0
     stream = question_stream(questions, config.seed, rank, world_size)
     stream = itertools.islice(stream, asked_here, None)
 
-    def evaluate_and_save(step: int):
+    def evaluate_if_due(step: int):
         if step in (0, steps) or (config.eval_every and step % config.eval_every == 0):
             score = evaluate(learner.sampler, tokenizer, test_questions, rank, world_size, config)
             log(folder, {"step": step, **score})
-        if step == steps or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(folder / "checkpoint", learner, step, asked_here, config)
 
-    if not state:
-        evaluate_and_save(step=0)
-    todo = range(state.get("step", 0) + 1, steps + 1)
-    for step in tqdm(todo, config.task, steps, initial=todo.start - 1, disable=not is_first_rank()):
-        asked_now, numbers = train_step(learner, stream, room, config)
-        if not math.isfinite(numbers["grad_norm"]):
+    if not gather({"evaluated": evaluated})[0]["evaluated"]:
+        evaluate_if_due(done)
+    if steps == 0 and not state:
+        save_checkpoint(checkpoint, learner, 0, 0, config)
+    caught, todo = catch_signals(), range(done + 1, steps + 1)
+    for step in tqdm(todo, config.task, steps, initial=done, disable=not is_first_rank()):
+        try:
+            asked_now, numbers = train_step(learner, stream, room, config)
+        except NotFinite as error:
+            back = f"--model {checkpoint}" if checkpoint.exists() else "the start (--save_every)"
             raise UserError(
-                f"step {step}'s gradient is not finite: start with a lower --learning_rate"
-            )
+                f"step {step}: {error}; lower --learning_rate and go back to {back}"
+            ) from error
         asked_here += asked_now
         asked += numbers["questions"]
         metrics = {"step": step, "epoch": asked / len(questions), **numbers}
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
             say(step_line(metrics, steps))
-        evaluate_and_save(step)
+        stop = step < steps and sum_over_ranks([len(caught)], device)[0] > 0
+        if stop or step == steps or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(checkpoint, learner, step, asked_here, config)
+        if stop:
+            say(f"cppo: stopped after step {step}, saved in {checkpoint}; go on with --resume")
+            close_distributed()
+            sys.exit(128 + [*caught, signal.SIGTERM][0])  # 143 for SIGTERM, 130 for Ctrl-C
+        evaluate_if_due(step)
     if is_first_rank():
         say(summary(folder))
     close_distributed()
@@ -1271,19 +1371,16 @@ def benchmark(config: Config):
     rank, world_size, device = init_distributed()
     config.room(world_size)
     model, tokenizer, questions, _ = prepare(config, config.model, world_size, device)
-    policy = trainable(model, config.gradient_checkpointing)
-    if config.warm_start_steps:
-        stream = question_stream(questions, config.seed, rank, world_size)
-        warm_start(policy, tokenizer, stream, world_size, config)
-    reference = load_reference(model, {}, Path(), config)
-    learner = make_learner(policy, reference, tokenizer, 0.0, config.steps, config)
+    learner = make_learner(
+        model, tokenizer, questions, {}, None, 0.0, config.steps, config, rank, world_size
+    )
     say(f"cppo: medians of {config.steps} steps of {config.batch_size} trained completions")
     say("     P   k  questions  s/question  speedup  bound  sampled/s  trained/s  sampling")
     rates = {}  # k -> P: with a small G, several P keep as many
     for rate in (0.0, 0.5, 0.75, 0.875, 0.9375):
         rates.setdefault(dataclasses.replace(config, pruning_rate=rate).num_kept, rate)
     names = "questions", "sampled_tokens", "trained_tokens"
-    names += "sample_seconds", "train_seconds", "step_seconds"
+    names += "sample_seconds", "wait_seconds", "train_seconds", "step_seconds"
     grpo = 0.0  # seconds per question at P = 0
     for k, rate in rates.items():
         pruned = dataclasses.replace(config, pruning_rate=rate)
@@ -1292,14 +1389,15 @@ def benchmark(config: Config):
         bar = tqdm(range(config.steps + 1), f"P {rate}", leave=False, disable=not is_first_rank())
         runs = [train_step(learner, stream, pruned.room(world_size), pruned)[1] for _ in bar][1:]
         m = {name: statistics.median(run[name] for run in runs) for name in names}
+        sampling = m["sample_seconds"] + m["wait_seconds"]  # of the slowest rank
         per_question = m["step_seconds"] / m["questions"]
         grpo = grpo or per_question
         say(
             f"{rate:6.4g} {k:3d} {m['questions']:10.0f} {per_question:11.4g} "
-            f"{grpo / per_question:7.2f}x {grpo * m['questions'] / m['sample_seconds']:5.1f}x "
-            f"{m['sampled_tokens'] / m['sample_seconds']:10,.0f} "
+            f"{grpo / per_question:7.2f}x {grpo * m['questions'] / sampling:5.1f}x "
+            f"{m['sampled_tokens'] / sampling:10,.0f} "
             f"{m['trained_tokens'] / m['train_seconds']:10,.0f} "
-            f"{m['sample_seconds'] / m['step_seconds']:9.0%}"
+            f"{sampling / m['step_seconds']:9.0%}"
         )
     say(
         "bound: the speedup if training cost nothing; tokens are the completions', a trained one "
@@ -1311,7 +1409,8 @@ def benchmark(config: Config):
 def keep_freed_memory():
     """Has glibc keep what tensors free. It would hand big blocks back to the kernel, which then has
     to wipe new pages for the next tensor: a quarter of the time of a training step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    here = sys.platform == "linux" and not torch.cuda.is_available()
+    libc = ctypes.CDLL(None) if here else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a big tensor
@@ -1338,10 +1437,28 @@ def main():
     try:
         config = Config(**vars(parser.parse_args()))
         (score if config.eval_only else benchmark if config.benchmark else train)(config)
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        mine = not isinstance(error, UserError)  # a mistake of the user's is all ranks' alike
+        if isinstance(error, torch.OutOfMemoryError):
+            flags = "--tokens_per_microbatch or --sample_batch, or give --gradient_checkpointing"
+            error = f"CUDA is out of memory: lower {flags}"
+        if mine or os.environ.get("LOCAL_RANK", "0") == "0":
             print("cppo.py:", " ".join(str(error).split())[:400], file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except KeyboardInterrupt:  # before the first step, or in a benchmark
+        leave(128 + signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(status: int):
+    """Ends this process at once: with other ranks still there, Python's own way out may hang."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -5,19 +5,26 @@ pytest -m "not slow"        without the runs of whole training jobs
 pytest -k pruning           one part
 """
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
+import pickle
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -125,22 +132,28 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1(group_size, pruning_rate
     assert config(group_size=group_size, pruning_rate=pruning_rate).num_kept == k
 
 
+BELOW = {  # every numeric flag, with a number below its interval
+    f.name: str(int(f.metadata["metavar"][1:].split(",")[0]) - 1)
+    for f in dataclasses.fields(Config)
+    if "metavar" in f.metadata
+}
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
+        *[([f"--{name}", value], f"--{name} must be in") for name, value in BELOW.items()],
         (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "-0.1"], "--pruning_rate"),
-        (["--pruning_rate", "nan"], "--pruning_rate"), (["--group_size", "1"], "--group_size"),
-        (["--batch_size", "0"], "--batch_size"), (["--batch_size", "x"], "--batch_size"),
-        (["--steps", "-1"], "--steps"), (["--clip_eps", "1"], "--clip_eps"),
-        (["--beta", "-1"], "--beta"), (["--learning_rate", "0"], "--learning_rate"),
+        (["--pruning_rate", "nan"], "--pruning_rate"), (["--clip_eps", "1"], "--clip_eps"),
+        (["--batch_size", "x"], "--batch_size"), (["--learning_rate", "0"], "--learning_rate"),
         (["--temperature", "0"], "--temperature"), (["--temperature", "inf"], "--temperature"),
-        (["--gamma", "-1"], "--gamma"), (["--prune_by", "luck"], "--prune_by"),
+        (["--warmup_ratio", "1.5"], "--warmup_ratio"), (["--prune_by", "luck"], "--prune_by"),
         (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
         (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
         (["--eval_only", "--benchmark"], "--benchmark"), (["--ignore_eos"], "--ignore_eos"),
         (["--benchmark", "--steps", "0"], "--steps"),
-        (["--resume", "perhaps"], "--resume"), (["--seed", "-1"], "--seed"),
+        (["--resume", "perhaps"], "--resume"), (["--seed", "2147483648"], "--seed"),
         (["--prunning_rate", "0.5"], "--prunning_rate"), (["--prun", "0.5"], "--prun"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task"),
         (["--model", "no/such/folder"], "--model"), (["hello"], "hello"),
@@ -171,6 +184,40 @@ def test_the_batch_must_be_divisible_by_the_ranks_and_without_refill_by_the_grou
     assert config(batch_size=64, refill=False).room(world_size=2) == 32
     with pytest.raises(UserError, match="--batch_size 48 must be divisible by 2 ranks x"):
         config(batch_size=48, refill=False).room(world_size=2)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer*", "config.json"])
+def test_a_model_folder_that_lacks_a_part_is_a_users_mistake(missing, tmp_path):
+    for part in cppo.tiny_model_and_tokenizer():
+        part.save_pretrained(tmp_path)
+    cppo.load_model_and_tokenizer(str(tmp_path))
+    for file in tmp_path.glob(missing):
+        file.unlink()
+    with pytest.raises(UserError, match=r"is no folder or hub name that loads; without network"):
+        cppo.load_model_and_tokenizer(str(tmp_path))
+
+
+def test_more_ranks_than_gpus_is_a_users_mistake(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="--nproc_per_node 3 is more than the GPUs here, 2"):
+        cppo.init_distributed()
+
+
+def test_out_of_gpu_memory_is_one_line_that_names_the_flags(monkeypatch, capsys):
+    def explode(_config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(cppo, "train", explode)
+    monkeypatch.setattr(sys, "argv", ["cppo.py"])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        cppo.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    for flag in ("--tokens_per_microbatch", "--sample_batch", "--gradient_checkpointing"):
+        assert flag in error
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -284,6 +331,17 @@ def test_a_bad_data_file_is_one_line_that_names_it(content, says, tmp_path):
     with pytest.raises(UserError) as error:
         cppo.gsm8k_questions(str(tmp_path / "data.jsonl"), "train")
     assert says in str(error.value) and "data.jsonl" in str(error.value)
+
+
+def test_a_half_written_parquet_file_and_an_unknown_kind_are_users_mistakes(tmp_path):
+    table = datasets.Dataset.from_list([gsm8k_row("a", "1")] * 99)
+    table.to_parquet(tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "half.parquet").write_bytes(content[: len(content) // 2])
+    (tmp_path / "data.txt").write_text("question,answer\na,1\n")
+    for name in ("half.parquet", "data.txt", "none.parquet"):
+        with pytest.raises(UserError, match="is no file that loads; give a file that ends in"):
+            cppo.gsm8k_questions(str(tmp_path / name), "train")
 
 
 def test_messages_go_through_the_chat_template_and_text_does_not():
@@ -581,6 +639,23 @@ def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
         cppo.format_reward(text)
         cppo.accuracy_reward(text, "72")
         cppo.accuracy_reward(right_form("72"), text)
+
+
+def test_rewards_of_a_hundred_thousand_random_texts_are_always_one_of_their_values():
+    rng = random.Random(0)
+    pieces = [*cppo.TAGS, "\n", " ", "-", "+", ".", ",", "$", "%", "7", "42", "1,234", "0.5", "nan",
+              "inf", "1e9", "\N{MINUS SIGN}", "\N{ARABIC-INDIC DIGIT THREE}", "\0", "\ud800",
+              "__import__('os')", "\u00bd", "<answer>7</answer>"]  # fmt: skip
+    seen = Counter()
+    for _ in range(100_000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        form, accuracy = cppo.format_reward(text), cppo.accuracy_reward(text, "7")
+        seen[form, accuracy] += 1
+        given = cppo.extract_answer(text)
+        assert given is None or given in text
+        if accuracy:  # only a seven is ever right
+            assert float(given.replace("$", "").replace("%", "").rstrip(".")) == 7
+    assert {a for _, a in seen} == {0.0, 1.5, 2.0} and {f for f, _ in seen} <= {0.0, 1.0}
 
 
 # --- Advantages -----------------------------------------------------------------------------------
@@ -971,6 +1046,47 @@ def test_update_without_rows_leaves_the_weights_alone_even_with_momentum():
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
 
 
+def test_a_gradient_that_is_not_finite_names_its_question_and_leaves_the_weights_alone():
+    model, reference = tiny("llama"), tiny("llama")
+    rows = some_rows(8)
+    rows[5].advantage = math.inf
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(cppo.NotFinite) as error:
+        cppo.update(model, reference, *plain_sgd(model), rows, Counter(), config())
+    assert error.value.args[0] == rows[5].prompt_ids
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_run_whose_gradient_is_not_finite_says_the_step_the_question_and_where_to_go_back_to(
+    tmp_path, monkeypatch
+):
+    settings = config(
+        output_dir=str(tmp_path / "run"), warm_start_steps=0, steps=3, batch_size=8, save_every=1,
+        eval_questions=0, max_completion_tokens=4,
+    )  # fmt: skip
+    real, steps = cppo.group_advantages, itertools.count(1)
+    monkeypatch.setattr(
+        cppo, "group_advantages", lambda r: real(r) + (math.inf if next(steps) == 2 else 0)
+    )
+    with pytest.raises(UserError, match=r"step 2: .* question .*\d\d\+\d\d=.*run/checkpoint"):
+        cppo.train(settings)
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 1]
+    cppo.load_model_and_tokenizer(str(tmp_path / "run/checkpoint"))
+
+
+def test_a_batch_of_dead_groups_trains_on_nothing_says_so_and_goes_on(tmp_path):
+    settings = config(
+        output_dir=str(tmp_path / "run"), warm_start_steps=0, steps=2, batch_size=8, gamma=1e-3,
+        eval_questions=0, max_completion_tokens=4,
+    )  # fmt: skip
+    cppo.train(settings)  # random weights: no reward at all
+    _, *steps, _ = read_metrics(tmp_path / "run")
+    assert len(steps) == 2
+    for step in steps:
+        assert step["kept"] == 0 and step["dead_groups"] == step["questions"] == 16
+        assert step["refill_rounds"] == 4 and step["loss"] is None and step["grad_norm"] == 0
+
+
 def test_the_learning_rate_rises_for_the_warm_up_and_falls_along_a_cosine():
     model = tiny("llama")
     optimizer, schedule = cppo.make_optimizer(model, 1.0, 20, 0.1)
@@ -1150,8 +1266,18 @@ def test_a_truncated_checkpoint_is_one_line_that_names_it(tmp_path):
     save_tiny(tmp_path / "checkpoint", step=1)
     file = tmp_path / "checkpoint/trainer_state.pt"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"--resume: .*checkpoint cannot be read"):
+    with pytest.raises(UserError, match=r"--resume: .*checkpoint cannot be read, start anew"):
         cppo.load_state(tmp_path, config(), 1)
+    save_tiny(tmp_path / "checkpoint", step=2)
+    save_tiny(tmp_path / "checkpoint", step=3)
+    hostile = b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR."
+    for content in (b"", b"PK half", pickle.dumps({"step": 1}), hostile):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=r"rename .*checkpoint.old, the one before it"):
+            cppo.load_state(tmp_path, config(), 1)
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint.old").rename(tmp_path / "checkpoint")
+    assert cppo.load_state(tmp_path, config(), 1)["step"] == 2
     assert cppo.load_state(tmp_path / "nothing", config(), 1) == {}
 
 
@@ -1195,8 +1321,7 @@ STEP_KEYS = """
     step epoch questions sampled kept dropped dead_groups refill_rounds reward accuracy format
     completion_tokens truncated sampled_tokens trained_tokens padded_tokens abs_advantage_kept
     abs_advantage_pruned loss kl clip_fraction grad_norm learning_rate sample_seconds train_seconds
-    step_seconds""".split()
-SHORT = "--warm_start_steps 12 --steps 3 --eval_questions 64 --batch_size 32".split()
+    step_seconds wait_seconds""".split()
 
 
 def without_seconds(metrics: list[dict]) -> list[dict]:
@@ -1225,27 +1350,6 @@ def test_the_main_job_learns_to_carry(tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")
     ids = model.generate(**tokenizer("68+57=", return_tensors="pt"), max_new_tokens=32)
     assert cppo.extract_answer(tokenizer.decode(ids[0])) == "125"
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_batch_and_end_with_one_model(tmp_path):
-    result = run("--output_dir", tmp_path / "run", *SHORT, ranks=2)
-    assert result.returncode == 0, result.stderr
-    _, before, *steps, after = read_metrics(tmp_path / "run")
-    assert [step["step"] for step in steps] == [1, 2, 3]
-    assert before["eval_questions"] == after["eval_questions"] == 64
-    assert all(s["kept"] == 32 and s["questions"] == 16 and s["ranks"] == 2 for s in steps)
-    assert max(step["sampling_gap"] for step in steps) < 1e-4
-
-
-@pytest.mark.slow
-def test_the_same_command_twice_gives_the_same_metrics_bit_for_bit(tmp_path):
-    for name in ("a", "b"):
-        assert run("--output_dir", tmp_path / name, *SHORT).returncode == 0
-    a, b = (without_seconds(read_metrics(tmp_path / name)) for name in ("a", "b"))
-    assert a == b and len(a) == 6
-    assert run("--output_dir", tmp_path / "c", *SHORT, "--seed", 1).returncode == 0
-    assert without_seconds(read_metrics(tmp_path / "c")) != a
 
 
 @pytest.mark.slow
@@ -1311,67 +1415,212 @@ def test_the_benchmark_prints_the_papers_table_and_writes_nothing(tmp_path):
 def test_a_benchmark_step_does_all_the_work_and_leaves_the_weights_alone():
     model, tokenizer = cppo.tiny_model_and_tokenizer()
     before = [p.detach().clone() for p in model.parameters()]
-    settings = config(benchmark=True, batch_size=32, max_completion_tokens=8)
-    learner = cppo.make_learner(model, copy.deepcopy(model), tokenizer, 0.0, 1, settings)
+    settings = config(
+        benchmark=True, batch_size=32, max_completion_tokens=8, warm_start_steps=0
+    )  # fmt: skip
     questions = cppo.encode_prompts([Question(f"1+{i}=", f"{i + 1}") for i in range(9)], tokenizer)
+    learner = cppo.make_learner(model, tokenizer, questions, {}, None, 0.0, 1, settings)
     asked, numbers = cppo.train_step(learner, cppo.question_stream(questions, 0), 32, settings)
     assert asked == numbers["questions"] == 16 and numbers["kept"] == 32
     assert learner.optimizer.state  # it has stepped
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-RUN = "--warm_start_steps 12 --steps 5 --save_every 2 --batch_size 32 --eval_questions 32".split()
+RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_questions 32".split()
 
 
-def start_process(*arguments, ranks: int = 1) -> subprocess.Popen:
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of a run of RUN on so many ranks that was never disturbed."""
+
+    @functools.cache
+    def folder(ranks: int) -> Path:
+        path = tmp_path_factory.mktemp("whole") / "run"
+        result = run(*RUN, "--output_dir", path, ranks=ranks)
+        assert result.returncode == 0, result.stderr
+        return path
+
+    return folder
+
+
+def assert_equal_runs(a: Path, b: Path):
+    """The same metrics but for the seconds, and the same weights, bit for bit."""
+    metrics, others = (without_seconds(read_metrics(folder)) for folder in (a, b))
+    assert metrics == others and [m["step"] for m in others] == [0, 0, 1, 2, 3, 4, 5, 5]
+    weights = [(f / "checkpoint/model.safetensors").read_bytes() for f in (a, b)]
+    assert weights[0] == weights[1]
+
+
+def start_process(*arguments, ranks: int = 1, launcher=(), **environment) -> subprocess.Popen:
     """A real process, left running."""
-    launcher = [sys.executable]
+    launcher = launcher or [sys.executable, str(ROOT / "cppo.py")]
     if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    f"--nproc_per_node={ranks}", str(ROOT / "cppo.py")]  # fmt: skip
     return subprocess.Popen(
-        [*launcher, str(ROOT / "cppo.py"), *map(str, arguments)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [*launcher, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, **environment},
     )  # fmt: skip
 
 
-def kill_after_step(process: subprocess.Popen, folder: Path, step: int):
-    """kill -9 of torchrun and all its ranks, once metrics.jsonl has that step."""
-    line = f'{{"step": {step}, "epoch"'
-    file = folder / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and line in file.read_text()):
-        time.sleep(0.02)
-    assert process.poll() is None, "it ended before it could be killed"
+def family_of(process: subprocess.Popen) -> list[int]:
+    """Its process id and those of its descendants: torchrun's ranks, in sessions of their own."""
     everyone = [process.pid]
-    for pid in everyone:  # torchrun's ranks are its children, in sessions of their own
+    for pid in everyone:
         listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True)
         everyone += map(int, listing.stdout.split())
-    for pid in everyone:
-        os.kill(pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert len(everyone) >= 1 + (process.args[1] == "-m") * 2
+    return everyone
+
+
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int):
+    """Returns once metrics.jsonl has that step."""
+    line, file = f'{{"step": {step}, "epoch"', folder / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and line in file.read_text()):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_run_bit_for_bit_and_another_seed_does_not(
+    whole_run, tmp_path
+):
+    assert run("--output_dir", tmp_path / "a", *RUN, "--save_every", 0).returncode == 0
+    assert_equal_runs(whole_run(1), tmp_path / "a")
+    assert run("--output_dir", tmp_path / "b", *RUN, "--steps", 1, "--seed", 1).returncode == 0
+    assert read_metrics(tmp_path / "b")[2]["reward"] != read_metrics(tmp_path / "a")[2]["reward"]
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_batch_and_the_test_questions(whole_run):
+    _, before, *steps, after = read_metrics(whole_run(2))
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
+    assert before["eval_questions"] == after["eval_questions"] == 32
+    assert all(s["kept"] == 32 and s["questions"] == 16 and s["ranks"] == 2 for s in steps)
+    assert max(step["sampling_gap"] for step in steps) < 1e-4
+    assert all(step["wait_seconds"] > 0 for step in steps)
+
+
+def begun(file: Path, moment: float) -> bool:
+    """Whether the file was written after that moment."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime > moment
+    return False
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_that_was_killed_resumes_bit_for_bit(ranks, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*RUN, "--output_dir", whole, ranks=ranks).returncode == 0
-    kill_after_step(start_process(*RUN, "--output_dir", killed, ranks=ranks), killed, step=3)
-    assert read_metrics(killed)[-1]["step"] == 3
-    resumed = run(*RUN, "--output_dir", killed, "--resume", ranks=ranks)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "goes on after step 2" in resumed.stdout
-    a, b = (without_seconds(read_metrics(folder)) for folder in (whole, killed))
-    assert a == b and [m["step"] for m in b] == [0, 0, 1, 2, 3, 4, 5, 5]
-    weights = [(f / "checkpoint/model.safetensors").read_bytes() for f in (whole, killed)]
-    assert weights[0] == weights[1]
-    if ranks == 1:  # what may not change between a run and its continuation
-        other = run(*RUN, "--output_dir", killed, "--resume", "--learning_rate", 1e-3)
-        assert other.returncode == 2 and other.stderr.count("\n") == 1
-        assert "--resume: learning_rate was 0.0002 in that run and is now 0.001" in other.stderr
-        more = run(*RUN, "--output_dir", killed, "--resume", ranks=2)
-        assert "--resume: ranks was 1 in that run and is now 2" in more.stderr
-        assert without_seconds(read_metrics(killed)) == b
+def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole_run, tmp_path):
+    # CPPO_KILLS=50 pytest -k killed_at_random is the long form.
+    kills, seed = int(os.environ.get("CPPO_KILLS", "3")), time.time_ns()
+    print("seed", seed)  # shown if it fails
+    rng, killed, saving, folder = random.Random(seed), 0, 0, tmp_path / "0"
+    new = folder / "checkpoint.new"
+    while True:
+        begin = time.time()
+        process = start_process(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
+        if killed < kills:
+            while process.poll() is None and not begun(folder / "metrics.jsonl", begin):
+                time.sleep(0.001)  # importing torch is not what this is about
+            everyone = family_of(process)
+            if killed % 2:
+                time.sleep(rng.uniform(0, 1))
+            else:  # while saving: model, tokenizer, state, fsync and renames take some 30 ms
+                while process.poll() is None and not begun(new, begin):
+                    time.sleep(0.0005)
+                time.sleep(rng.uniform(0, 0.02))
+            if process.poll() is None:
+                for pid in everyone:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                killed += 1
+                saving += begun(new, begin)
+        output = process.communicate(timeout=100)
+        if process.returncode == 0:
+            assert_equal_runs(whole_run(ranks), folder)
+            if killed == kills:
+                break
+            folder = tmp_path / str(killed)
+            new = folder / "checkpoint.new"
+        else:
+            assert process.returncode == -signal.SIGKILL, output
+    print(f"{killed} kills, {saving} of them while saving")
+
+
+@pytest.mark.slow
+def test_sigterm_and_ctrl_c_finish_the_step_and_save_and_the_run_goes_on(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    never = [*RUN, "--save_every", 0, "--output_dir", folder, "--resume"]
+    for number, step in ((signal.SIGTERM, 1), (signal.SIGINT, 3)):
+        process = start_process(*never)
+        wait_for_step(process, folder, step)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, err  # 143 and 130
+        done = read_metrics(folder)[-1]["step"]
+        assert step <= done < 5 and f"stopped after step {done}, saved in {folder}" in out
+        assert "Traceback" not in err
+    last = run(*never)
+    assert last.returncode == 0 and f"goes on after step {done}" in last.stdout, last.stderr
+    assert_equal_runs(whole_run(1), folder)
+    # what may not change between a run and its continuation
+    other = run(*never, "--learning_rate", 1e-3)
+    assert other.returncode == 2 and other.stderr.count("\n") == 1
+    assert "--resume: learning_rate was 0.0002 in that run and is now 0.001" in other.stderr
+    assert_equal_runs(whole_run(1), folder)
+
+
+@pytest.mark.slow
+def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_path):
+    folder = tmp_path / "run"
+    script = [str(ROOT / "run_multi_gpu.sh")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    process = start_process(
+        *RUN, "--output_dir", folder, launcher=script, NPROC="2", PATH=path
+    )  # fmt: skip
+    wait_for_step(process, folder, 2)
+    ranks = [pid for pid in family_of(process) if pid != process.pid]
+    os.kill(ranks[-1], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "goes on after step" in out
+    assert_equal_runs(whole_run(2), folder)
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_run, tmp_path):
+    script = [str(ROOT / "run_multi_gpu.sh")]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    machines = [
+        start_process(
+            *RUN, "--output_dir", tmp_path / "run", launcher=script, NPROC="1", NNODES="2",
+            NODE_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PATH=path,
+            OMP_NUM_THREADS="1",
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outputs = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert_equal_runs(whole_run(2), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    assert run(*RUN, "--steps", 1, "--output_dir", folder).returncode == 0
+    before = {f: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
+    code = (
+        "import resource, sys; sys.path.insert(0, {!r}); import cppo;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
+        "model, tokenizer = cppo.tiny_model_and_tokenizer();"
+        "cppo.save_folder(cppo.Path({!r}), model, tokenizer)"
+    ).format(str(ROOT), str(folder / "checkpoint"))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "checkpoint cannot be written, what was there stays" in result.stderr
+    assert {f: f.read_bytes() for f in (folder / "checkpoint").iterdir()} == before
+    assert not (folder / "checkpoint.new").exists()
 
 
 @pytest.mark.slow
