@@ -72,7 +72,7 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """A gradient of inf or nan; the weights are still those of before it."""
+    """A gradient of inf or nan. It has not reached the weights."""
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
@@ -147,7 +147,7 @@ class Config:
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
     save_every: int = flag(0, "steps between checkpoints; 0: at the end only", "[0, inf)")
     resume: bool = flag(False, "go on from the checkpoint in --output_dir, if there is one")
-    benchmark: bool = flag(False, "time a few --steps at each pruning rate and write nothing")
+    benchmark: bool = flag(False, "time 3 (or --steps) steps at five pruning rates, write nothing")
     ignore_eos: bool = flag(False, "with --benchmark: completions of full length, equal work")
     seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483647]")
 
@@ -449,11 +449,8 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.rooms or end > self.rooms[0].shape[2]:
-            columns = min(end + self.spare, self.most)
-            old, self.rooms = (self.keys, self.values), []
-            for x in old:
-                self.rooms.append(x.new_empty(*x.shape[:2], columns, x.shape[3]))
-                self.rooms[-1][:, :, :start] = x
+            more = min(end + self.spare, self.most) - start
+            self.rooms = [F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)]
         for room, new in zip(self.rooms, (key_states, value_states), strict=True):
             room[:, :, start:end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.rooms)
@@ -838,7 +835,8 @@ def update(
 
     Adds to the ledger, as sums over this rank's N completions of means over their tokens: `loss`,
     `kl`, `clip_fraction`, averaged over the mu steps, and `sampling_gap`, before the first step,
-    |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong.
+    |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong. Raises NotFinite,
+    with a prompt, before an infinite gradient or a nan reaches the weights.
     """
     device = next(policy.parameters()).device
     batches = [make_batch(some, device) for some in pack(rows, config.tokens_per_microbatch)]
@@ -848,6 +846,7 @@ def update(
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def forward(batch: Batch, model=policy) -> torch.Tensor:
+        """This micro-batch's part of N times eq. 5."""
         # The masters are float32, for a bfloat16 weight does not move by 1e-6; compute may be less.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             log_probs = token_log_probs(model, batch, config.temperature)  # (N, C)
@@ -1089,11 +1088,12 @@ def summary(folder: Path) -> str:
     rewards = [record["reward"] for record in records if "reward" in record]
     evaluations = [record for record in records if "eval_accuracy" in record]
     before, after = evaluations[0], evaluations[-1]
+    sampling = total["sample_seconds"] + total["wait_seconds"]  # of the slowest rank
     lines = [
         f"questions  {total['questions']:,} asked, {total['dead_groups']:,} with all rewards equal",
         f"trained    {total['kept']:,} of {total['sampled']:,} completions, "
         f"{total['trained_tokens']:,} of {total['sampled_tokens']:,} tokens",
-        f"seconds    {total['warm_start_seconds']:.1f} warm start, {total['sample_seconds']:.1f} "
+        f"seconds    {total['warm_start_seconds']:.1f} warm start, {sampling:.1f} "
         f"sampling, {total['train_seconds']:.1f} training, {total['eval_seconds']:.1f} evaluation",
     ]
     if after["eval_questions"]:
@@ -1293,7 +1293,8 @@ def catch_signals() -> list[int]:
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-        say("cppo: this step is the last")
+        if is_first_rank():  # not by print, which may be what was interrupted
+            os.write(2, b"\ncppo: this step is the last\n")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, catch)
@@ -1408,7 +1409,7 @@ def benchmark(config: Config):
 
 def keep_freed_memory():
     """Has glibc keep what tensors free. It would hand big blocks back to the kernel, which then has
-    to wipe new pages for the next tensor: a quarter of the time of a training step on a CPU."""
+    to wipe new pages for the next tensor: up to a quarter of a training step's time on a CPU."""
     here = sys.platform == "linux" and not torch.cuda.is_available()
     libc = ctypes.CDLL(None) if here else None
     if hasattr(libc, "mallopt"):

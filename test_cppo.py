@@ -1270,15 +1270,25 @@ def test_a_truncated_checkpoint_is_one_line_that_names_it(tmp_path):
         cppo.load_state(tmp_path, config(), 1)
     save_tiny(tmp_path / "checkpoint", step=2)
     save_tiny(tmp_path / "checkpoint", step=3)
-    hostile = b"\x80\x04cos\nsystem\n(S'touch hacked'\ntR."
+    hostile = f"cos\nsystem\n(S'touch {tmp_path / 'hacked'}'\ntR.".encode()  # a pickle of a call
     for content in (b"", b"PK half", pickle.dumps({"step": 1}), hostile):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"rename .*checkpoint.old, the one before it"):
             cppo.load_state(tmp_path, config(), 1)
+    assert not (tmp_path / "hacked").exists()
     shutil.rmtree(tmp_path / "checkpoint")
     (tmp_path / "checkpoint.old").rename(tmp_path / "checkpoint")
     assert cppo.load_state(tmp_path, config(), 1)["step"] == 2
     assert cppo.load_state(tmp_path / "nothing", config(), 1) == {}
+
+
+def test_a_run_goes_on_only_with_the_ranks_and_the_settings_that_it_began_with(tmp_path):
+    save_tiny(tmp_path / "checkpoint", step=1)
+    cppo.load_state(tmp_path, config(output_dir="elsewhere", save_every=7, eval_every=3), 1)
+    with pytest.raises(UserError, match="--resume: ranks was 1 in that run and is now 2"):
+        cppo.load_state(tmp_path, config(), 2)
+    with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
+        cppo.load_state(tmp_path, config(beta=0.0), 1)
 
 
 # --- Evaluation and output ------------------------------------------------------------------------
@@ -1567,6 +1577,26 @@ def test_sigterm_and_ctrl_c_finish_the_step_and_save_and_the_run_goes_on(whole_r
     assert other.returncode == 2 and other.stderr.count("\n") == 1
     assert "--resume: learning_rate was 0.0002 in that run and is now 0.001" in other.stderr
     assert_equal_runs(whole_run(1), folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accident", "says"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("return real(r) + float('inf')", "cppo.py: step 1: the gradient is not finite, at the"),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(accident, says, tmp_path):
+    script = tmp_path / "accident.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
+        f"real = cppo.group_advantages\ndef accident(r):\n    {accident}\n"
+        "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
+    )
+    result = run(*RUN, "--output_dir", tmp_path / "run", script=script, ranks=2)  # or a time-out
+    assert result.returncode != 0 and says in result.stderr
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 0]
 
 
 @pytest.mark.slow
