@@ -36,6 +36,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -76,22 +77,6 @@ class NotFinite(UserError):
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
-TASK_DEFAULTS = {  # what a flag that is left unset means
-    "arithmetic": {
-        "steps": 30, "max_prompt_tokens": 16, "max_completion_tokens": 32,
-        "learning_rate": 2e-4, "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
-        "sample_batch": 1024,
-    },
-    "gsm8k": {
-        "model": "Qwen/Qwen2.5-1.5B-Instruct",
-        "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
-        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
-        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
-        "sample_batch": 256,
-    },
-}  # fmt: skip
-
-
 def flag(default, text: str, interval: str = ""):
     """A dataclass field that HfArgumentParser turns into a flag; numbers lie in an interval."""
     text += "" if default is None else f" (default: {default})"
@@ -103,9 +88,7 @@ def flag(default, text: str, interval: str = ""):
 class Config:
     """All settings of a run. Fills in the task's defaults and checks itself; raises UserError."""
 
-    task: Literal["auto", "arithmetic", "gsm8k"] = flag(
-        "auto", "auto is gsm8k with CUDA or with data files, else arithmetic"
-    )
+    task: str = flag("auto", "one of TASKS; auto: gsm8k with CUDA or data files, else arithmetic")
     model: str | None = flag(None, "hub name or folder of a causal language model")
     train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub name")
     test_data: str | None = flag(None, "the same, to evaluate on")
@@ -158,16 +141,17 @@ class Config:
             cuda = "CUDA is here" if torch.cuda.is_available() else "CUDA is not here"
             self.task_reason = "data files were given" if data else cuda
             self.task = "gsm8k" if data or torch.cuda.is_available() else "arithmetic"
+        if self.task not in TASKS:
+            raise UserError(f"--task must be auto or one of {', '.join(TASKS)}, not {self.task}")
         if self.dtype == "auto":
             self.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        if self.tokens_per_microbatch is None:
-            large = 4096 if torch.cuda.is_available() else 1024  # Qwen's logits of 4096: 2.5 GB
-            self.tokens_per_microbatch = 8192 if self.task == "arithmetic" else large
-        if self.task == "arithmetic" and data:
-            raise UserError("--task arithmetic makes its own questions: drop the data files")
         if self.benchmark and self.steps is None:
             self.steps = 3
-        for name, value in {"output_dir": f"runs/{self.task}", **TASK_DEFAULTS[self.task]}.items():
+        unset = {
+            "output_dir": f"runs/{self.task}", **TASKS[self.task].defaults,
+            "tokens_per_microbatch": 4096 if torch.cuda.is_available() else 1024,
+        }  # fmt: skip
+        for name, value in unset.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for f in dataclasses.fields(self):
@@ -221,19 +205,20 @@ class Question:
 
 
 def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
-    """(train, test) of the configured task."""
-    if config.task == "arithmetic":
-        return arithmetic_questions()
-    train = [] if config.eval_only else gsm8k_questions(config.train_data, "train")
-    return train, [] if config.benchmark else gsm8k_questions(config.test_data, "test")
+    """(train, test) of the configured task, of each what will be asked."""
+    load = TASKS[config.task].questions
+    train = [] if config.eval_only else load(config.train_data, "train")
+    return train, [] if config.benchmark else load(config.test_data, "test")
 
 
-def arithmetic_questions(num_train=2560, num_test=512) -> tuple[list[Question], list[Question]]:
-    """Sums like `37+58=`. No test sum is a training sum, not even turned round.
+def arithmetic_questions(source: None, split: str) -> list[Question]:
+    """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
 
     The demonstrations' teacher adds digit by digit and forgets to carry 7 times out of 10. A model
     that imitates it gets about the sums without a carry right; CPPO has to find the rest.
     """
+    if source:
+        raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
     sums = [(a, b) for a in range(10, 100) for b in range(a, 100)]
     rng.shuffle(sums)
@@ -249,7 +234,7 @@ def arithmetic_questions(num_train=2560, num_test=512) -> tuple[list[Question], 
 
     both = [question(*pair) for a, b in sums for pair in dict.fromkeys([(a, b), (b, a)])]
     # One is skipped in between: it may be the last test sum turned round.
-    return both[num_test + 1 : num_test + 1 + num_train], both[:num_test]
+    return both[:512] if split == "test" else both[513 : 513 + 2560]
 
 
 GSM8K_SYSTEM_PROMPT = (
@@ -580,6 +565,33 @@ def accuracy_reward(text: str, answer: str) -> float:
     return 1.5 if number is not None and number == parse_number(answer) else 0.0
 
 
+# --- Tasks: what there is to learn ----------------------------------------------------------------
+@dataclass
+class Task:
+    """A choice of --task. Your own script may add one to TASKS, and then call main()."""
+
+    # (--train_data, "train") or (--test_data, "test") -> questions
+    questions: Callable[[str | None, str], list[Question]]
+    accuracy: Callable[[str, str], float]  # (completion, answer) -> 0 to 2; from 1.5 on it is right
+    defaults: dict  # what a flag that is left unset means
+
+
+TASKS = {
+    "arithmetic": Task(arithmetic_questions, accuracy_reward, {
+        "steps": 30, "max_prompt_tokens": 16, "max_completion_tokens": 32,
+        "learning_rate": 2e-4, "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
+        "sample_batch": 1024, "tokens_per_microbatch": 8192,
+    }),
+    "gsm8k": Task(gsm8k_questions, accuracy_reward, {
+        "model": "Qwen/Qwen2.5-1.5B-Instruct",
+        "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
+        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
+        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
+        "sample_batch": 256,
+    }),
+}  # fmt: skip
+
+
 # --- Advantages and pruning -----------------------------------------------------------------------
 def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
     """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G)."""
@@ -625,6 +637,11 @@ class Completion:
         return self.format + self.accuracy
 
     @property
+    def right(self) -> bool:
+        """Whether the answer is, however it is written."""
+        return self.accuracy >= 1.5
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and completion."""
         return len(self.prompt_ids) + len(self.token_ids)
@@ -635,6 +652,7 @@ def rollout(
 ) -> list[Completion]:
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
     eos_ids = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
+    accuracy = TASKS[config.task].accuracy
     sampled = sample_completions(
         model, [q.prompt_ids for q in questions], group_size, config.max_completion_tokens,
         temperature, eos_ids, config.sample_batch,
@@ -643,7 +661,7 @@ def rollout(
     return [
         Completion(
             question.prompt_ids, token_ids, log_probs, truncated=token_ids[-1] not in eos_ids,
-            format=format_reward(text), accuracy=accuracy_reward(text, question.answer),
+            format=format_reward(text), accuracy=accuracy(text, question.answer),
         )
         for (token_ids, log_probs), text, question in zip(
             sampled, texts, [q for q in questions for _ in range(group_size)], strict=True
@@ -661,32 +679,40 @@ def collect_batch(
     `room` rows to train on and the step's ledger. With gamma 0 one round of sampling fills the
     room; with a larger one it may take --max_refill_rounds, and even then stay part empty.
     """
-    G, sampled, kept, rounds, dead_groups = config.group_size, [], [], 0, 0
+    sampled, kept, rounds = [], [], 0
     while len(kept) < room and rounds < (config.max_refill_rounds if config.refill else 1):
         num_questions = config.questions_for(room - len(kept))
         completions = draw(list(itertools.islice(stream, num_questions)))
         # float64: the mean of equal rewards is off by a rounding error, which eq. 1 divides by 1e-4
-        rewards_QG = torch.tensor([c.reward for c in completions], dtype=torch.float64).view(-1, G)
-        advantages_QG = group_advantages(rewards_QG)
-        kept_QG = prune(advantages_QG, config.num_kept, config.gamma, config.prune_by)
+        rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)
+        advantages_QG = group_advantages(rewards.view(-1, config.group_size))
         for c, advantage in zip(completions, advantages_QG.flatten().tolist(), strict=True):
             c.advantage = advantage
+        kept_QG = prune(advantages_QG, config.num_kept, config.gamma, config.prune_by)
         kept += [completions[i] for i in kept_QG.flatten().nonzero()[:, 0].tolist()]
         sampled += completions
         rounds += 1
-        dead_groups += (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item()
     # The last questions may have brought more than fits: pruning once more drops the lowest |A|.
     fits = prune(torch.tensor([[c.advantage for c in kept]]), room, by=config.prune_by)[0].tolist()
     rows = [c for c, fit in zip(kept, fits, strict=True) if fit]
+    ledger = make_ledger(sampled, rows, config.group_size)
+    ledger.update(refill_rounds=rounds, dropped=len(kept) - len(rows))
+    return rows, ledger
+
+
+def make_ledger(sampled: list[Completion], rows: list[Completion], group_size: int) -> Counter:
+    """What a step has sampled and kept, in sums, so that ranks and rounds add up.
+
+    step_metrics makes averages of some: its DENOMINATORS say which.
+    """
+    groups = [sampled[i : i + group_size] for i in range(0, len(sampled), group_size)]
     all_abs, kept_abs = (sum(abs(c.advantage) for c in cs) for cs in (sampled, rows))
-    return rows, Counter(  # sums, so that ranks add up; step_metrics makes averages of some
-        questions=len(sampled) // G, sampled=len(sampled), kept=len(rows),
+    return Counter(
+        questions=len(groups), sampled=len(sampled), kept=len(rows),
         pruned=len(sampled) - len(rows),  # not trained on, for whatever reason
-        dropped=len(kept) - len(rows),  # those of them that pruning had kept
-        dead_groups=dead_groups,  # questions whose G rewards are all equal
-        refill_rounds=rounds,
+        dead_groups=sum(len({c.reward for c in group}) == 1 for group in groups),
         reward=sum(c.reward for c in sampled),
-        accuracy=sum(c.accuracy > 0 for c in sampled),
+        accuracy=sum(c.right for c in sampled),
         format=sum(c.format for c in sampled),
         truncated=sum(c.truncated for c in sampled),
         completion_tokens=sum(len(c.token_ids) for c in sampled),  # will be an average
@@ -930,7 +956,7 @@ def evaluate(
     starts = range(0, len(mine), config.sample_batch)
     for i in tqdm(starts, "evaluation", leave=False, disable=not is_first_rank()):
         some = mine[i : i + config.sample_batch]
-        correct += sum(c.accuracy > 0 for c in rollout(model, tokenizer, some, 1, 0.0, config))
+        correct += sum(c.right for c in rollout(model, tokenizer, some, 1, 0.0, config))
     correct, count = sum_over_ranks([correct, len(mine)], model.device)
     return {
         "eval_accuracy": correct / count if count else None,
@@ -1142,9 +1168,9 @@ def random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def save_checkpoint(folder: Path, learner, step: int, asked_here: int, config: Config):
+def save_checkpoint(folder: Path, learner, step: int, config: Config):
     """Gathers the state of all ranks; the first one writes it, with the model."""
-    ranks = gather({"asked": asked_here, **random_state()})
+    ranks = gather({"asked": learner.asked, **random_state()})
     if is_first_rank():
         trainer = {
             "step": step, "ranks": ranks, "config": dataclasses.asdict(config),
@@ -1165,15 +1191,16 @@ def num_steps(questions: list[Question], room: int, world_size: int, config: Con
     return steps
 
 
-def restore(state: dict, rank: int, learner) -> int:
-    """Takes up a checkpoint's state; returns how many questions this rank had asked."""
+def restore(state: dict, rank: int, learner):
+    """Takes up a checkpoint's state."""
     mine = state["ranks"][rank]
+    learner.asked = mine["asked"]
+    learner.stream = itertools.islice(learner.stream, learner.asked, None)
     learner.optimizer.load_state_dict(state.pop("optimizer"))
     learner.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(mine["cpu"])
     if "cuda" in mine:
         torch.cuda.set_rng_state(mine["cuda"])
-    return mine["asked"]
 
 
 def prepare(config: Config, model_name: str | None, world_size: int, device):
@@ -1227,17 +1254,19 @@ class Learner:
     tokenizer: transformers.PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    stream: Iterator[Question]  # this rank's
+    asked: int = 0  # so many of them
 
 
 def make_learner(
     model, tokenizer, questions: list[Question], state: dict, folder: Path | None,
     learning_rate: float, steps: int, config: Config, rank: int = 0, world_size: int = 1,
 ) -> Learner:  # fmt: skip
-    """The Learner of a run of so many steps; after the warm start, unless a `state` is resumed."""
+    """The Learner of a run of so many steps: after the warm start, or where `state` left it."""
     policy = trainable(model, config.gradient_checkpointing)
+    deal = functools.partial(question_stream, questions, config.seed, rank, world_size)
     if config.warm_start_steps and not state:
-        stream = question_stream(questions, config.seed, rank, world_size)
-        record = warm_start(policy, tokenizer, stream, world_size, config)
+        record = warm_start(policy, tokenizer, deal(), world_size, config)
         if folder:
             log(folder, {"step": 0, **record})
             if is_first_rank():
@@ -1248,18 +1277,23 @@ def make_learner(
     optimizer, scheduler = make_optimizer(
         policy, learning_rate, steps * config.num_iterations, config.warmup_ratio
     )
-    return Learner(model, policy, sampler, reference, tokenizer, optimizer, scheduler)
+    torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
+    learner = Learner(model, policy, sampler, reference, tokenizer, optimizer, scheduler, deal())
+    if state:
+        restore(state, rank, learner)
+    return learner
 
 
-def train_step(learner: Learner, stream: Iterator[Question], room: int, config: Config):
-    """One step of CPPO. Returns (questions this rank asked, the numbers of all ranks)."""
+def train_step(learner: Learner, room: int, config: Config) -> dict:
+    """One step of CPPO. Returns its numbers, over all ranks."""
     start = time.perf_counter()
 
     def draw(questions: list[Question]) -> list[Completion]:
         sampler, tokenizer = learner.sampler, learner.tokenizer
         return rollout(sampler, tokenizer, questions, config.group_size, config.temperature, config)
 
-    rows, ledger = collect_batch(draw, stream, room, config)
+    rows, ledger = collect_batch(draw, learner.stream, room, config)
+    learner.asked += ledger["questions"]
     sampled = time.perf_counter()
     if dist.is_initialized():
         dist.barrier()
@@ -1278,10 +1312,15 @@ def train_step(learner: Learner, stream: Iterator[Question], room: int, config: 
     trained = time.perf_counter()
     ledger.update(ranks=1, sample_seconds=sampled - start)
     ledger.update(wait_seconds=waited - sampled, train_seconds=trained - waited)
-    return ledger["questions"], {
+    return {
         **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
         "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
     }  # fmt: skip
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether to do after this step what is done at both ends and every so many steps."""
+    return step in (0, steps) or (every > 0 and step % every == 0)
 
 
 def catch_signals() -> list[int]:
@@ -1322,44 +1361,39 @@ def train(config: Config):
         model, tokenizer, questions, state, folder, config.learning_rate, steps, config, rank,
         world_size,
     )  # fmt: skip
-    torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
     asked = sum(then["asked"] for then in state.get("ranks", []))  # questions, by all ranks
-    asked_here = restore(state, rank, learner) if state else 0
-    stream = question_stream(questions, config.seed, rank, world_size)
-    stream = itertools.islice(stream, asked_here, None)
 
-    def evaluate_if_due(step: int):
-        if step in (0, steps) or (config.eval_every and step % config.eval_every == 0):
-            score = evaluate(learner.sampler, tokenizer, test_questions, rank, world_size, config)
-            log(folder, {"step": step, **score})
+    def test(step: int):
+        score = evaluate(learner.sampler, tokenizer, test_questions, rank, world_size, config)
+        log(folder, {"step": step, **score})
 
-    if not gather({"evaluated": evaluated})[0]["evaluated"]:
-        evaluate_if_due(done)
+    if due(done, config.eval_every, steps) and not gather({"already": evaluated})[0]["already"]:
+        test(done)
     if steps == 0 and not state:
-        save_checkpoint(checkpoint, learner, 0, 0, config)
+        save_checkpoint(checkpoint, learner, 0, config)
     caught, todo = catch_signals(), range(done + 1, steps + 1)
     for step in tqdm(todo, config.task, steps, initial=done, disable=not is_first_rank()):
         try:
-            asked_now, numbers = train_step(learner, stream, room, config)
+            numbers = train_step(learner, room, config)
         except NotFinite as error:
             back = f"--model {checkpoint}" if checkpoint.exists() else "the start (--save_every)"
             raise UserError(
                 f"step {step}: {error}; lower --learning_rate and go back to {back}"
             ) from error
-        asked_here += asked_now
         asked += numbers["questions"]
         metrics = {"step": step, "epoch": asked / len(questions), **numbers}
         log(folder, metrics)
         if step == 1 or step % max(1, steps // 10) == 0:
             say(step_line(metrics, steps))
         stop = step < steps and sum_over_ranks([len(caught)], device)[0] > 0
-        if stop or step == steps or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(checkpoint, learner, step, asked_here, config)
+        if stop or due(step, config.save_every, steps):
+            save_checkpoint(checkpoint, learner, step, config)
         if stop:
             say(f"cppo: stopped after step {step}, saved in {checkpoint}; go on with --resume")
             close_distributed()
             sys.exit(128 + [*caught, signal.SIGTERM][0])  # 143 for SIGTERM, 130 for Ctrl-C
-        evaluate_if_due(step)
+        if due(step, config.eval_every, steps):
+            test(step)
     if is_first_rank():
         say(summary(folder))
     close_distributed()
@@ -1386,9 +1420,9 @@ def benchmark(config: Config):
     for k, rate in rates.items():
         pruned = dataclasses.replace(config, pruning_rate=rate)
         torch.manual_seed(config.seed + 1 + rank)
-        stream = question_stream(questions, config.seed, rank, world_size)
+        learner.stream = question_stream(questions, config.seed, rank, world_size)
         bar = tqdm(range(config.steps + 1), f"P {rate}", leave=False, disable=not is_first_rank())
-        runs = [train_step(learner, stream, pruned.room(world_size), pruned)[1] for _ in bar][1:]
+        runs = [train_step(learner, pruned.room(world_size), pruned) for _ in bar][1:]
         m = {name: statistics.median(run[name] for run in runs) for name in names}
         sampling = m["sample_seconds"] + m["wait_seconds"]  # of the slowest rank
         per_question = m["step_seconds"] / m["questions"]
@@ -1421,7 +1455,7 @@ def main():
     """The command line."""
     keep_freed_memory()
     sys.stdout.reconfigure(line_buffering=True)
-    defaults = [f"{task}: {json.dumps(flags)[1:-1]}" for task, flags in TASK_DEFAULTS.items()]
+    defaults = [f"{name}: {json.dumps(task.defaults)[1:-1]}" for name, task in TASKS.items()]
     parser = transformers.HfArgumentParser(
         Config,
         allow_abbrev=False,
