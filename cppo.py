@@ -3,8 +3,8 @@
 Completion Pruning Policy Optimization (Lin, Lin, Xie, Ji, arXiv 2503.22342) is GRPO that throws
 most completions away before the expensive part. One step, in the order of this file:
 
-    questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| -> refill
-    from new questions -> log-probabilities (policy, reference) -> loss -> mu optimizer steps
+    questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| of each
+    -> log-probabilities (policy, reference) of the kept -> loss -> mu optimizer steps
 
 The equations, each again beside the line that computes it:
 
@@ -15,10 +15,11 @@ The equations, each again beside the line that computes it:
     (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
                                                   - beta KL_t }
 
-Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. Unlike the authors' code:
-pruning is per question (theirs ranks a whole batch, where a question can lose everything), k is
-never 0, and (5) averages over tokens, then over the completions of all ranks, as the paper writes
-it, however they fall into micro-batches and ranks.
+Unlike GRPO: (2), and that a step asks N / k questions where GRPO asks N / G. That is the refill:
+the room that pruning frees goes to completions of further questions. --pruning_rate 0 is GRPO.
+Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
+lose everything), k is never 0, and (5) averages over tokens, then over the completions of all
+ranks, as the paper writes it, however they fall into micro-batches and ranks.
 
 Letters of shapes; rows are question-major everywhere: repeat_interleave in, view(Q, G) out.
 
@@ -26,8 +27,10 @@ Letters of shapes; rows are question-major everywhere: repeat_interleave in, vie
     G completions a question    L prompt tokens                  V vocabulary
     k kept a question           C completion tokens              R completions still being sampled
 
-    python cppo.py                            two-digit additions on a laptop
-    python cppo.py --pruning_rate 0           the same with GRPO
+N is all that a step trains in the equations, and the rows of one micro-batch in shapes.
+
+    python cppo.py --task arithmetic          two-digit additions on a laptop
+    python cppo.py --pruning_rate 0           GRPO
     torchrun --nproc_per_node 8 cppo.py       GSM8K with Qwen2.5-1.5B-Instruct on 8 GPUs
 """
 
@@ -78,7 +81,8 @@ class NotFinite(UserError):
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
 def flag(default, text: str, interval: str = ""):
-    """A dataclass field that HfArgumentParser turns into a flag; numbers lie in an interval."""
+    """A dataclass field that HfArgumentParser turns into a flag. --help shows the interval that a
+    number must lie in, as its metavar, and Config checks it."""
     text += "" if default is None else f" (default: {default})"
     metadata = {"help": text.replace("%", "%%")} | ({"metavar": interval} if interval else {})
     return field(default=default, metadata=metadata)
@@ -94,7 +98,7 @@ class Config:
     test_data: str | None = flag(None, "the same, to evaluate on")
     output_dir: str | None = flag(None, "folder to write to (default: runs/TASK)")
     steps: int | None = flag(None, "training steps (default: by task, or an epoch)", "[0, inf)")
-    batch_size: int = flag(128, "N: completions trained per step, over all ranks", "[1, inf)")
+    batch_size: int = flag(128, "N: completions trained a step, over all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
     gamma: float = flag(0.0, "of the k, only |A| >= gamma stay", "[0, inf)")
@@ -110,11 +114,11 @@ class Config:
     warmup_ratio: float = flag(0.1, "share of the steps in which the rate rises", "[0, 1]")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "(0, inf)")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", "(0, inf)")
-    max_prompt_tokens: int | None = flag(None, "L: longer prompts are left out", "[1, inf)")
+    max_prompt_tokens: int | None = flag(None, "L: longer prompts are not trained on", "[1, inf)")
     max_completion_tokens: int | None = flag(None, "C: longer completions are cut", "[1, inf)")
     tokens_per_microbatch: int | None = flag(
         None,
-        "N x T of a forward pass at most (default: 8192; gsm8k 4096, on a CPU 1024)",
+        "N x T of a forward pass at most (default: by task, or 4096, on a CPU 1024)",
         "[1, inf)",
     )
     sample_batch: int | None = flag(None, "completions sampled at once at most", "[2, inf)")
@@ -179,17 +183,18 @@ class Config:
         return max(1, math.floor(self.group_size * (1 - self.pruning_rate) + 1e-9))
 
     def room(self, world_size: int) -> int:
-        """Completions that one rank trains in a step: its share of the batch."""
-        unit = world_size if self.refill else world_size * self.group_size
-        if self.batch_size % unit:
-            parts = f"{world_size} ranks" + ("" if self.refill else " x --group_size")
+        """Completions that one rank has room for in a step: its share of the batch."""
+        whole_groups = not self.refill or self.num_kept == self.group_size  # GRPO
+        if self.batch_size % (world_size * (self.group_size if whole_groups else 1)):
+            parts = f"{world_size} ranks" + " x --group_size" * whole_groups
             raise UserError(f"--batch_size {self.batch_size} must be divisible by {parts}")
         if self.warm_start_steps and self.warm_start_batch_size % world_size:
             raise UserError(f"--warm_start_batch_size must be divisible by {world_size} ranks")
         return self.batch_size // world_size
 
     def questions_for(self, room: int) -> int:
-        """Q: questions that fill the room with k completions each; without refill, with G each."""
+        """Q: questions that fill the room with k completions each, or, without refill, that would
+        fill it with G each."""
         return math.ceil(room / self.num_kept) if self.refill else room // self.group_size
 
 
@@ -293,12 +298,12 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
 def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     """Fills in `prompt_ids`, messages through the tokenizer's chat template."""
     for question in questions:
-        text, chat = question.prompt, not isinstance(question.prompt, str)
-        if chat and tokenizer.chat_template:
-            text = apply_chat_template(tokenizer, text)  # which begins with BOS where it is wanted
-        elif chat:
+        text, add_bos = question.prompt, True
+        if not isinstance(text, str) and tokenizer.chat_template:
+            text = apply_chat_template(tokenizer, text)
+            add_bos = False  # the template has, where it is wanted
+        elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
-        add_bos = not (chat and tokenizer.chat_template)
         question.prompt_ids = tokenizer(text, add_special_tokens=add_bos).input_ids
     return questions
 
@@ -355,7 +360,8 @@ def load_model_and_tokenizer(name: str | None):
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
             model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        if not set(tokenizer("42").input_ids) - {*tokenizer.all_special_ids}:  # an empty one
+        if not set(tokenizer("42").input_ids) - {*tokenizer.all_special_ids}:
+            # a folder without a tokenizer's files may load as an empty tokenizer
             raise ValueError("it lacks the tokenizer's files")
     except Exception as error:  # of all sorts, down to the half-written file of weights
         hint = "without network, give a folder that save_pretrained has made"
@@ -425,25 +431,25 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self, layer: DynamicLayer, max_tokens: int):
         super().__init__()
-        vars(self).update(vars(layer))  # the keys and values of the prompts, (R, heads, L, D)
-        self.most = self.get_seq_length() + max_tokens
-        self.rooms: list[torch.Tensor] = []  # for keys and values: (R, heads, columns, D)
+        vars(self).update(vars(layer))  # takes over the prompts' keys and values, (R, heads, L, D)
+        self.max_columns = self.get_seq_length() + max_tokens
+        self.buffers: list[torch.Tensor] = []  # for keys and values: (R, heads, columns, D)
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Appends a token's keys and values, (R, heads, 1, D); returns all there are."""
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if not self.rooms or end > self.rooms[0].shape[2]:
-            more = min(end + self.spare, self.most) - start
-            self.rooms = [F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)]
-        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        if not self.buffers or end > self.buffers[0].shape[2]:
+            more = min(end + self.spare, self.max_columns) - start
+            self.buffers = [F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values)]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
         """Keeps these rows only; the next token makes room for them anew."""
-        self.rooms = []
+        self.buffers = []
         super().batch_select_indices(indices)
 
 
@@ -478,13 +484,13 @@ def sample_together(
     tokens = torch.zeros(len(row_ids), max_tokens, device=model.device).long()  # (Q G, C)
     log_probs = torch.zeros(tokens.shape, device=model.device)  # (Q G, C)
     for t in range(max_tokens):
-        new, log_probs[row_ids, t] = draw_tokens(logits, temperature)
-        tokens[row_ids, t] = new
+        new, new_log_probs = draw_tokens(logits, temperature)
+        tokens[row_ids, t], log_probs[row_ids, t] = new, new_log_probs
         done |= torch.isin(new, eos)
         num_done = int(done.sum())
         if num_done == len(row_ids) or t + 1 == max_tokens:
             break
-        # Finished ones leave, but not one by one: it copies the cache.
+        # Finished ones leave, but only by a quarter of the rows: each time copies the cache.
         if 4 * num_done >= len(row_ids):
             live = (~done).nonzero()[:, 0]
             cache.batch_select_indices(live)
@@ -496,7 +502,7 @@ def sample_together(
             input_ids=new[:, None], attention_mask=mask, position_ids=positions,
             past_key_values=cache, use_cache=True,
         ).logits[:, -1]  # (R, V)  # fmt: skip
-    # What a finished one wrote before it left is cut off behind its first EOS. The EOS stays.
+    # What a finished one wrote before it left is cut off behind its first EOS, which argmax finds.
     is_eos = torch.isin(tokens, eos)  # (Q G, C)
     lengths = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_tokens).tolist()  # (Q G,)
     rows = zip(tokens.tolist(), log_probs.tolist(), lengths, strict=True)
@@ -515,7 +521,8 @@ def sample_completions(
     order = sorted(range(len(prompts)), key=lambda q: len(prompts[q]))  # like lengths together
     per_call = max(1, sample_batch // group_size)
     groups: dict[int, list] = {}
-    for start in range(0, len(order), per_call):
+    hide = len(order) <= per_call or not is_first_rank()
+    for start in tqdm(range(0, len(order), per_call), "sampling", leave=False, disable=hide):
         some = order[start : start + per_call]
         rows = sample_together(
             model, [prompts[q] for q in some], group_size, max_tokens, temperature, eos_ids
@@ -526,7 +533,7 @@ def sample_completions(
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50 or 50%. Only runs of digits repeat, and none twice in a row: linear time on any text.
+# -$1,234.50, $-5 or 50%. Only runs of digits repeat, none twice in a row: linear time on any text.
 NUMBER = re.compile(
     r"([+-]?)\$?([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
@@ -534,9 +541,9 @@ NUMBER = re.compile(
 
 def extract_answer(text: str) -> str | None:
     """What the last <answer>...</answer> holds, stripped; None if there is none."""
-    before, closing, _ = text.rpartition("</answer>")
+    before, _, _ = text.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
-    return answer.strip() if opening and closing else None
+    return answer.strip() if opening else None
 
 
 def format_reward(text: str) -> float:
@@ -621,25 +628,25 @@ def prune(
 # --- Refill: from questions to the rows of one step -----------------------------------------------
 @dataclass
 class Completion:
-    """One completion o_i; a row, once it is kept."""
+    """One completion o_i; a row, once it is kept (in the warm start, a demonstration)."""
 
     prompt_ids: list[int]  # L tokens
     token_ids: list[int]  # |o_i| tokens, the last one EOS unless truncated
     log_probs: list[float] = field(default_factory=list)  # |o_i| of them, the sampler's own
     truncated: bool = False
-    format: float = 0.0
-    accuracy: float = 0.0
+    format_reward: float = 0.0  # 0 or 1
+    accuracy_reward: float = 0.0  # 0 to 2
     advantage: float = 0.0  # A_i, once its group is known
 
     @property
     def reward(self) -> float:
         """r_i, 0 to 3"""
-        return self.format + self.accuracy
+        return self.format_reward + self.accuracy_reward
 
     @property
     def right(self) -> bool:
         """Whether the answer is, however it is written."""
-        return self.accuracy >= 1.5
+        return self.accuracy_reward >= 1.5
 
     @property
     def num_tokens(self) -> int:
@@ -661,7 +668,7 @@ def rollout(
     return [
         Completion(
             question.prompt_ids, token_ids, log_probs, truncated=token_ids[-1] not in eos_ids,
-            format=format_reward(text), accuracy=accuracy(text, question.answer),
+            format_reward=format_reward(text), accuracy_reward=accuracy(text, question.answer),
         )
         for (token_ids, log_probs), text, question in zip(
             sampled, texts, [q for q in questions for _ in range(group_size)], strict=True
@@ -683,7 +690,7 @@ def collect_batch(
     while len(kept) < room and rounds < (config.max_refill_rounds if config.refill else 1):
         num_questions = config.questions_for(room - len(kept))
         completions = draw(list(itertools.islice(stream, num_questions)))
-        # float64: the mean of equal rewards is off by a rounding error, which eq. 1 divides by 1e-4
+        # float64: a mean of rewards such as 0.1 is off by a rounding, which eq. 1 divides by 1e-4
         rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)
         advantages_QG = group_advantages(rewards.view(-1, config.group_size))
         for c, advantage in zip(completions, advantages_QG.flatten().tolist(), strict=True):
@@ -692,11 +699,11 @@ def collect_batch(
         kept += [completions[i] for i in kept_QG.flatten().nonzero()[:, 0].tolist()]
         sampled += completions
         rounds += 1
-    # The last questions may have brought more than fits: pruning once more drops the lowest |A|.
+    # There may be a few too many, if k does not divide the room: prune once more, all as one group.
     fits = prune(torch.tensor([[c.advantage for c in kept]]), room, by=config.prune_by)[0].tolist()
     rows = [c for c, fit in zip(kept, fits, strict=True) if fit]
     ledger = make_ledger(sampled, rows, config.group_size)
-    ledger.update(refill_rounds=rounds, dropped=len(kept) - len(rows))
+    ledger.update(refill_rounds=rounds, dropped=len(kept) - len(rows))  # of a Counter: it adds
     return rows, ledger
 
 
@@ -713,9 +720,8 @@ def make_ledger(sampled: list[Completion], rows: list[Completion], group_size: i
         dead_groups=sum(len({c.reward for c in group}) == 1 for group in groups),
         reward=sum(c.reward for c in sampled),
         accuracy=sum(c.right for c in sampled),
-        format=sum(c.format for c in sampled),
+        format=sum(c.format_reward for c in sampled),
         truncated=sum(c.truncated for c in sampled),
-        completion_tokens=sum(len(c.token_ids) for c in sampled),  # will be an average
         sampled_tokens=sum(len(c.token_ids) for c in sampled),
         trained_tokens=sum(len(c.token_ids) for c in rows),
         abs_advantage_kept=kept_abs, abs_advantage_pruned=all_abs - kept_abs,
@@ -725,11 +731,14 @@ def make_ledger(sampled: list[Completion], rows: list[Completion], group_size: i
 # --- Log-probabilities ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """N rows: prompt, completion, padding on the right, where a causal model never looks."""
+    """N rows: prompt, completion, padding on the right, where a causal model never looks.
+
+    The same tokens are marked twice. Prompt p p, completion o o, padding -:  p p o o -
+    """
 
     input_ids: torch.Tensor  # (N, T)
-    predicts: torch.Tensor  # (N, T) bool: the next token is the completion's
-    mask: torch.Tensor  # (N, C) bool: the row's own completion tokens, EOS included
+    predicts: torch.Tensor  # (N, T) bool: the next token is the completion's: 0 1 1 0 0
+    mask: torch.Tensor  # (N, C) bool: the completion's own tokens, EOS included: 1 1 0
     advantages: torch.Tensor  # (N,)
     sampled_log_probs: torch.Tensor  # (N, C), 0 in the padding, like those that follow
     old_log_probs: torch.Tensor | None = None  # (N, C), from the first iteration
@@ -793,6 +802,7 @@ def cppo_loss(
     Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
     a completion's tokens: `kl` (eq. 4) and `clip_fraction`, tokens that the clip holds still.
     """
+    # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (N, C)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (N, C)
@@ -805,7 +815,48 @@ def cppo_loss(
     return losses, {"kl": token_mean(kl.detach(), mask), "clip_fraction": clip_fraction}
 
 
-# --- Update ---------------------------------------------------------------------------------------
+# --- Ranks: torchrun's environment; one process is the plain case ---------------------------------
+def init_distributed() -> tuple[int, int, torch.device]:
+    """(rank, world size, device), as torchrun's environment has it."""
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
+    rank, world_size, local_rank, local_ranks = (int(os.environ.get(*name)) for name in names)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_ranks > gpus:
+            raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here, {gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        # That is torchrun's doing when the user says nothing. Share the cores out instead.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if world_size > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return rank, world_size, device
+
+
+def close_distributed():
+    """Leaves the process group once all ranks are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        # Gloo's threads need Python's lock to let go of their last tensors, and DDP's destructor
+        # waits for them while it holds that lock: without this pause, some runs hang at their end.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Whether this is the one process that writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str):
+    """Prints above the progress bar, on the first rank."""
+    if is_first_rank():
+        tqdm.write(text)
+
+
 def sum_over_ranks(values: list[float], device) -> list[float]:
     """Each number added up over all ranks."""
     if not dist.is_initialized():
@@ -815,6 +866,24 @@ def sum_over_ranks(values: list[float], device) -> list[float]:
     return total.tolist()
 
 
+def gather(state: dict) -> list[dict]:
+    """The dicts of all ranks."""
+    states = [state]
+    if dist.is_initialized():
+        states = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(states, state)
+    return states
+
+
+# --- Update ---------------------------------------------------------------------------------------
+def make_optimizer(policy, learning_rate: float, num_steps: int, warmup_ratio: float):
+    """AdamW without weight decay, and a cosine schedule over `num_steps`, as in the paper's recipe:
+    with a warm-up from 0, so that its first step moves nothing, and back to 0 after the last."""
+    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
+    num_warmup_steps = math.ceil(num_steps * warmup_ratio)
+    return optimizer, transformers.get_scheduler("cosine", optimizer, num_warmup_steps, num_steps)
+
+
 def optimizer_step(
     policy, optimizer, scheduler, batches: list[Batch], forward: Callable[[Batch], torch.Tensor],
     count: int, max_grad_norm: float,
@@ -822,8 +891,8 @@ def optimizer_step(
     """One step on sum_batches forward(batch) / count, sum and count over all ranks.
 
     Returns the gradient's norm before the clip. Ranks may have unequal numbers of batches, or none:
-    they exchange gradients once, with the last. The weights stay as they are where there is nothing
-    to average, on all ranks (count 0), and where the norm is not finite, which is for the caller.
+    they exchange gradients once, with the last. The weights stay as they are if count is 0 on all
+    ranks, and if the norm is inf or nan: the caller must check it.
     """
     device = next(policy.parameters()).device
     if not batches:  # answer the exchange with zeros
@@ -833,7 +902,7 @@ def optimizer_step(
         exchange = batch is batches[-1] or not isinstance(policy, DistributedDataParallel)
         with contextlib.nullcontext() if exchange else policy.no_sync():
             forward(batch).backward()
-    world_size, total = sum_over_ranks([1, count], device)
+    world_size, total = sum_over_ranks([1, count], device)  # each rank adds a 1
     for parameter in policy.parameters():
         if parameter.grad is not None:  # DDP has made it sum / world_size; wanted is sum / total
             parameter.grad.mul_(world_size / max(total, 1))
@@ -846,21 +915,13 @@ def optimizer_step(
     return grad_norm
 
 
-def make_optimizer(policy, learning_rate: float, num_steps: int, warmup_ratio: float):
-    """AdamW without weight decay, and a cosine schedule over `num_steps`, as in the recipes: with
-    a warm-up from 0, so that the very first step moves nothing, and back to 0 after the last."""
-    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
-    num_warmup_steps = math.ceil(num_steps * warmup_ratio)
-    return optimizer, transformers.get_scheduler("cosine", optimizer, num_warmup_steps, num_steps)
-
-
 def update(
     policy, reference, optimizer, scheduler, rows: list[Completion], ledger: Counter, config: Config
 ) -> float:
     """mu optimizer steps on eq. 5, over the rows of all ranks. Returns the mean gradient norm.
 
-    Adds to the ledger, as sums over this rank's N completions of means over their tokens: `loss`,
-    `kl`, `clip_fraction`, averaged over the mu steps, and `sampling_gap`, before the first step,
+    Adds to the ledger, as sums over this rank's rows of means over their tokens: `loss`, `kl`,
+    `clip_fraction`, averaged over the mu steps, and `sampling_gap`, before the first step,
     |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong. Raises NotFinite,
     with a prompt, before an infinite gradient or a nan reaches the weights.
     """
@@ -872,12 +933,14 @@ def update(
     sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
     def forward(batch: Batch, model=policy) -> torch.Tensor:
-        """This micro-batch's part of N times eq. 5."""
-        # The masters are float32, for a bfloat16 weight does not move by 1e-6; compute may be less.
+        """This micro-batch's part of N times eq. 5. Its first call fills in pi_old and pi_ref."""
+        # The masters are float32, for a bfloat16 weight does not move by 1e-6; autocast computes
+        # the large products in bfloat16.
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             log_probs = token_log_probs(model, batch, config.temperature)  # (N, C)
         if batch.old_log_probs is None:
-            # The weights have not moved since the sampling: pi_old costs no forward of its own.
+            # The weights have not moved since the sampling: pi_old costs no forward of its own, and
+            # the sampler's log-probabilities, rounded otherwise, would not make rho exactly 1.
             batch.old_log_probs = log_probs.detach()
             gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (N, C)
             sums["sampling_gap"] += token_mean(gap, batch.mask).sum()
@@ -913,9 +976,83 @@ def culprit(model, batches: list[Batch], forward: Callable) -> list[int]:
             forward(one, model).backward()
             if not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
                 found = one.input_ids[0, : one.predicts[0].int().argmax() + 1].tolist()
-    return max(there["found"] for there in gather({"found": found}))  # [] is the least of lists
+    # Any rank's will do. Lists are compared by their first items, and [] is the least.
+    return max(there["found"] for there in gather({"found": found}))
 
 
+# --- One step of CPPO -----------------------------------------------------------------------------
+@dataclass
+class Learner:
+    """What a step of CPPO reads and changes."""
+
+    model: torch.nn.Module  # pi_theta, the float32 masters
+    policy: torch.nn.Module  # the same weights; inside DDP where there are several ranks
+    sampler: torch.nn.Module  # the same in the dtype of compute; in float32 the model itself
+    reference: torch.nn.Module | None  # pi_ref
+    tokenizer: transformers.PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    stream: Iterator[Question]  # this rank's
+    asked: int = 0  # so many of them
+
+
+def train_step(learner: Learner, room: int, config: Config) -> dict:
+    """One step of CPPO. Returns its numbers, over all ranks."""
+    start = time.perf_counter()
+
+    def draw(questions: list[Question]) -> list[Completion]:
+        sampler, tokenizer = learner.sampler, learner.tokenizer
+        return rollout(sampler, tokenizer, questions, config.group_size, config.temperature, config)
+
+    rows, ledger = collect_batch(draw, learner.stream, room, config)
+    learner.asked += ledger["questions"]
+    sampled = time.perf_counter()
+    if dist.is_initialized():
+        dist.barrier()
+    waited = time.perf_counter()  # for the rank that sampled longest
+    learning_rate = learner.scheduler.get_last_lr()[0]
+    try:
+        grad_norm = update(
+            learner.policy, learner.reference, learner.optimizer, learner.scheduler, rows, ledger,
+            config,
+        )  # fmt: skip
+    except NotFinite as error:
+        prompt = learner.tokenizer.decode(error.args[0])[-99:]
+        where = f"at the question ...{prompt!r}" if prompt else "of no one question"
+        raise NotFinite(f"the gradient is not finite, {where}") from error
+    refresh(learner.sampler, learner.model)
+    trained = time.perf_counter()
+    ledger["ranks"] = 1  # each adds one
+    ledger["sample_seconds"] = sampled - start
+    ledger["wait_seconds"] = waited - sampled
+    ledger["train_seconds"] = trained - waited
+    return {
+        **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
+        "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+DENOMINATORS = {  # what the averages are over; all other numbers are sums over rounds and ranks
+    "sampled": "reward accuracy format truncated completion_tokens",
+    "kept": "abs_advantage_kept loss kl clip_fraction sampling_gap",
+    "pruned": "abs_advantage_pruned",
+    "ranks": "sample_seconds wait_seconds train_seconds",
+}
+
+
+def step_metrics(ledger: Counter, device) -> dict:
+    """The numbers of a step, from the ledgers of all ranks; null where nothing is averaged."""
+    ledger["completion_tokens"] = ledger["sampled_tokens"]
+    total = dict(zip(ledger, sum_over_ranks([*ledger.values()], device), strict=True))
+    averages = " ".join(DENOMINATORS.values()).split()
+    metrics = {name: int(x) for name, x in total.items() if name not in averages}
+    for count, names in DENOMINATORS.items():
+        for name in names.split():
+            metrics[name] = total[name] / total[count] if total[count] else None
+    return metrics
+
+
+# --- Warm start and evaluation --------------------------------------------------------------------
 def warm_start(
     policy, tokenizer, stream: Iterator[Question], world_size: int, config: Config
 ) -> dict:
@@ -946,17 +1083,13 @@ def warm_start(
     return {"warm_start_steps": steps, "warm_start_seconds": time.perf_counter() - start}
 
 
-# --- Evaluation -----------------------------------------------------------------------------------
 def evaluate(
     model, tokenizer, questions: list[Question], rank: int, world_size: int, config: Config
 ) -> dict:
     """Greedy pass@1, each question scored once, by one of the ranks and by the reward's parser."""
-    start, correct = time.perf_counter(), 0
-    mine = sorted(questions[rank::world_size], key=lambda q: len(q.prompt_ids))
-    starts = range(0, len(mine), config.sample_batch)
-    for i in tqdm(starts, "evaluation", leave=False, disable=not is_first_rank()):
-        some = mine[i : i + config.sample_batch]
-        correct += sum(c.right for c in rollout(model, tokenizer, some, 1, 0.0, config))
+    start, mine = time.perf_counter(), questions[rank::world_size]
+    completions = rollout(model, tokenizer, mine, 1, 0.0, config) if mine else []
+    correct = sum(c.right for c in completions)
     correct, count = sum_over_ranks([correct, len(mine)], model.device)
     return {
         "eval_accuracy": correct / count if count else None,
@@ -965,18 +1098,7 @@ def evaluate(
     }
 
 
-# --- Checkpoint and output ------------------------------------------------------------------------
-def is_first_rank() -> bool:
-    """Whether this is the one process that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(text: str):
-    """Prints above the progress bar, on the first rank."""
-    if is_first_rank():
-        tqdm.write(text)
-
-
+# --- Output ---------------------------------------------------------------------------------------
 def log(folder: Path, record: dict):
     """Appends a line to metrics.jsonl, on the first rank."""
     if is_first_rank():
@@ -984,6 +1106,51 @@ def log(folder: Path, record: dict):
             file.write(json.dumps(record) + "\n")
 
 
+def step_line(m: dict, steps: int) -> str:
+    """A step in one aligned line of the terminal."""
+    return (
+        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
+        f"accuracy {m['accuracy']:6.1%}  format {m['format']:6.1%}  "
+        f"tokens {m['completion_tokens']:5.1f}  dead {m['dead_groups']:>3}/{m['questions']}  "
+        f"kl {m['kl'] or 0:.4f}  clip {m['clip_fraction'] or 0:.4f}  {m['step_seconds']:.2f} s"
+    )
+
+
+def sparkline(values: list[float], width: int = 40) -> str:
+    """A curve of at most `width` characters, each the mean of its share of the values."""
+    n, width = len(values), min(width, len(values))
+    shares = [values[n * i // width : n * (i + 1) // width] for i in range(width)]
+    means = [sum(share) / len(share) for share in shares]
+    scale = 7 / (max(means) - min(means) or 1)
+    return "".join("▁▂▃▄▅▆▇█"[round((m - min(means)) * scale)] for m in means)
+
+
+def summary(folder: Path) -> str:
+    """What the run in `folder` achieved and what it paid for it, from its metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    total: Counter = Counter()
+    for record in records:
+        total.update({name: x for name, x in record.items() if isinstance(x, int | float)})
+    rewards = [record["reward"] for record in records if "reward" in record]
+    evaluations = [record for record in records if "eval_accuracy" in record]
+    before, after = evaluations[0], evaluations[-1]
+    sampling = total["sample_seconds"] + total["wait_seconds"]  # of the slowest rank
+    lines = [
+        f"questions  {total['questions']:,} asked, {total['dead_groups']:,} with all rewards equal",
+        f"trained    {total['kept']:,} of {total['sampled']:,} completions, "
+        f"{total['trained_tokens']:,} of {total['sampled_tokens']:,} tokens",
+        f"seconds    {total['warm_start_seconds']:.1f} warm start, {sampling:.1f} "
+        f"sampling, {total['train_seconds']:.1f} training, {total['eval_seconds']:.1f} evaluation",
+    ]
+    if after["eval_questions"]:
+        change = f"{before['eval_accuracy']:.1%} -> {after['eval_accuracy']:.1%}"
+        lines.insert(0, f"accuracy   {change} on {after['eval_questions']:,} test questions")
+    if rewards:
+        lines.append(f"reward     {rewards[0]:.2f} {sparkline(rewards)} {rewards[-1]:.2f}")
+    return "\n".join([*lines, f"model      {folder / 'checkpoint'}"])
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
 def replace_file(path: Path, text: str):
     """Writes a file; crash at any moment, and the old or the new one is whole."""
     new = path.with_name(path.name + ".new")
@@ -1013,17 +1180,21 @@ def save_folder(folder: Path, model, tokenizer, state: dict | None = None):
         raise UserError(f"{folder} cannot be written, what was there stays: {error}") from error
 
 
-def gather(state: dict) -> list[dict]:
-    """The dicts of all ranks."""
-    states = [state]
-    if dist.is_initialized():
-        states = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(states, state)
-    return states
+def save_checkpoint(folder: Path, learner, step: int, config: Config):
+    """Gathers the state of all ranks; the first one writes it, with the model."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    ranks = gather({"asked": learner.asked, "cpu": torch.get_rng_state(), **cuda})
+    if is_first_rank():
+        trainer = {
+            "step": step, "ranks": ranks, "config": dataclasses.asdict(config),
+            "optimizer": learner.optimizer.state_dict(),
+            "scheduler": learner.scheduler.state_dict(),
+        }  # fmt: skip
+        save_folder(folder, learner.model, learner.tokenizer, trainer)
 
 
 # Flags that may change between a run and its continuation: they do not change what is learned.
-FREE = "output_dir resume save_every eval_every eval_only".split()
+MAY_CHANGE = "output_dir resume save_every eval_every".split()
 
 
 def load_state(folder: Path, config: Config, world_size: int) -> dict:
@@ -1040,9 +1211,21 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
         hint = f"rename {old}, the one before it, to that" if old.exists() else "start anew"
         raise UserError(f"--resume: {checkpoint} cannot be read, {hint}: {error}") from error
     for name, now in (dataclasses.asdict(config) | {"ranks": world_size}).items():
-        if name not in FREE and then.get(name) != now:
+        if name not in MAY_CHANGE and then.get(name) != now:
             raise UserError(f"--resume: {name} was {then.get(name)} in that run and is now {now}")
     return state | {"model": str(checkpoint)}
+
+
+def restore(state: dict, rank: int, learner):
+    """Takes up a checkpoint's state."""
+    mine = state["ranks"][rank]
+    learner.asked = mine["asked"]
+    learner.stream = itertools.islice(learner.stream, learner.asked, None)
+    learner.optimizer.load_state_dict(state.pop("optimizer"))
+    learner.scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(mine["cpu"])
+    if "cuda" in mine:
+        torch.cuda.set_rng_state(mine["cuda"])
 
 
 def start_run(folder: Path, config: Config, done: int) -> bool:
@@ -1067,142 +1250,7 @@ def start_run(folder: Path, config: Config, done: int) -> bool:
     return any("eval_accuracy" in (m := json.loads(x)) and m["step"] == done for x in lines)
 
 
-DENOMINATORS = {  # what the averages are over; all other numbers of a step are sums
-    "sampled": "reward accuracy format truncated completion_tokens",
-    "kept": "abs_advantage_kept loss kl clip_fraction sampling_gap",
-    "pruned": "abs_advantage_pruned",
-    "ranks": "sample_seconds wait_seconds train_seconds",
-}
-
-
-def step_metrics(ledger: Counter, device) -> dict:
-    """The numbers of a step, from the ledgers of all ranks; null where nothing is averaged."""
-    total = dict(zip(ledger, sum_over_ranks([*ledger.values()], device), strict=True))
-    averages = " ".join(DENOMINATORS.values()).split()
-    metrics = {name: int(x) for name, x in total.items() if name not in averages}
-    for count, names in DENOMINATORS.items():
-        for name in names.split():
-            metrics[name] = total[name] / total[count] if total[count] else None
-    return metrics
-
-
-def sparkline(values: list[float], width: int = 40) -> str:
-    """A curve of at most `width` characters, each the mean of its share of the values."""
-    n, width = len(values), min(width, len(values))
-    shares = [values[n * i // width : n * (i + 1) // width] for i in range(width)]
-    means = [sum(share) / len(share) for share in shares]
-    scale = 7 / (max(means) - min(means) or 1)
-    return "".join("▁▂▃▄▅▆▇█"[round((m - min(means)) * scale)] for m in means)
-
-
-def step_line(m: dict, steps: int) -> str:
-    """A step in one aligned line of the terminal."""
-    return (
-        f"step {m['step']:>{len(str(steps))}}/{steps}  reward {m['reward']:.3f}  "
-        f"accuracy {m['accuracy']:6.1%}  format {m['format']:6.1%}  "
-        f"tokens {m['completion_tokens']:5.1f}  dead {m['dead_groups']:>3}/{m['questions']}  "
-        f"kl {m['kl'] or 0:.4f}  clip {m['clip_fraction'] or 0:.4f}  {m['step_seconds']:.2f} s"
-    )
-
-
-def summary(folder: Path) -> str:
-    """What the run in `folder` achieved and what it paid for it, from its metrics.jsonl."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    total: Counter = Counter()
-    for record in records:
-        total.update({name: x for name, x in record.items() if isinstance(x, int | float)})
-    rewards = [record["reward"] for record in records if "reward" in record]
-    evaluations = [record for record in records if "eval_accuracy" in record]
-    before, after = evaluations[0], evaluations[-1]
-    sampling = total["sample_seconds"] + total["wait_seconds"]  # of the slowest rank
-    lines = [
-        f"questions  {total['questions']:,} asked, {total['dead_groups']:,} with all rewards equal",
-        f"trained    {total['kept']:,} of {total['sampled']:,} completions, "
-        f"{total['trained_tokens']:,} of {total['sampled_tokens']:,} tokens",
-        f"seconds    {total['warm_start_seconds']:.1f} warm start, {sampling:.1f} "
-        f"sampling, {total['train_seconds']:.1f} training, {total['eval_seconds']:.1f} evaluation",
-    ]
-    if after["eval_questions"]:
-        change = f"{before['eval_accuracy']:.1%} -> {after['eval_accuracy']:.1%}"
-        lines.insert(0, f"accuracy   {change} on {after['eval_questions']:,} test questions")
-    if rewards:
-        lines.append(f"reward     {rewards[0]:.2f} {sparkline(rewards)} {rewards[-1]:.2f}")
-    return "\n".join([*lines, f"model      {folder / 'checkpoint'}"])
-
-
-# --- Distributed: torchrun's environment; one process is the plain case ---------------------------
-def init_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device), as torchrun's environment has it."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    rank, world_size, local_rank, local_ranks = (int(os.environ.get(*name)) for name in names)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if local_ranks > gpus:
-            raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here, {gpus}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        # That is torchrun's doing when the user says nothing. Share the cores out instead.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    if world_size > 1:
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return rank, world_size, device
-
-
-def close_distributed():
-    """Leaves the process group once all ranks are done."""
-    if dist.is_initialized():
-        dist.barrier()
-        # Gloo's threads need Python's lock to let go of their last tensors, and DDP's destructor
-        # waits for them while it holds that lock: without this pause, some runs hang at their end.
-        time.sleep(0.1)
-        dist.destroy_process_group()
-
-
-# --- The algorithm --------------------------------------------------------------------------------
-def random_state() -> dict[str, torch.Tensor]:
-    """What this rank's next completions depend on."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def save_checkpoint(folder: Path, learner, step: int, config: Config):
-    """Gathers the state of all ranks; the first one writes it, with the model."""
-    ranks = gather({"asked": learner.asked, **random_state()})
-    if is_first_rank():
-        trainer = {
-            "step": step, "ranks": ranks, "config": dataclasses.asdict(config),
-            "optimizer": learner.optimizer.state_dict(),
-            "scheduler": learner.scheduler.state_dict(),
-        }  # fmt: skip
-        save_folder(folder, learner.model, learner.tokenizer, trainer)
-
-
-def num_steps(questions: list[Question], room: int, world_size: int, config: Config) -> int:
-    """The steps of the run, and a line that says what they are made of."""
-    per_step = world_size * config.questions_for(room)
-    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    say(
-        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
-        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
-    )
-    return steps
-
-
-def restore(state: dict, rank: int, learner):
-    """Takes up a checkpoint's state."""
-    mine = state["ranks"][rank]
-    learner.asked = mine["asked"]
-    learner.stream = itertools.islice(learner.stream, learner.asked, None)
-    learner.optimizer.load_state_dict(state.pop("optimizer"))
-    learner.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(mine["cpu"])
-    if "cuda" in mine:
-        torch.cuda.set_rng_state(mine["cuda"])
-
-
+# --- A run ----------------------------------------------------------------------------------------
 def prepare(config: Config, model_name: str | None, world_size: int, device):
     """(model, tokenizer, training questions, test questions), and the opening line."""
     torch.manual_seed(config.seed)
@@ -1234,30 +1282,6 @@ def load_reference(model, state: dict, folder: Path, config: Config):
     return copy_for(model, config.dtype)
 
 
-def score(config: Config):
-    """--eval_only: evaluates a model and writes nothing."""
-    rank, world_size, device = init_distributed()
-    model, tokenizer, _, questions = prepare(config, config.model, world_size, device)
-    result = evaluate(copy_for(model, config.dtype), tokenizer, questions, rank, world_size, config)
-    say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**result))
-    close_distributed()
-
-
-@dataclass
-class Learner:
-    """What a step of CPPO reads and changes."""
-
-    model: torch.nn.Module  # pi_theta, the float32 masters
-    policy: torch.nn.Module  # the same weights; inside DDP where there are several ranks
-    sampler: torch.nn.Module  # the same in the dtype of compute; in float32 the model itself
-    reference: torch.nn.Module | None  # pi_ref
-    tokenizer: transformers.PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    stream: Iterator[Question]  # this rank's
-    asked: int = 0  # so many of them
-
-
 def make_learner(
     model, tokenizer, questions: list[Question], state: dict, folder: Path | None,
     learning_rate: float, steps: int, config: Config, rank: int = 0, world_size: int = 1,
@@ -1272,50 +1296,28 @@ def make_learner(
             if is_first_rank():
                 save_folder(folder / "reference", model, tokenizer)
     reference = load_reference(model, state, folder, config)
-    apart = config.dtype != "float32" or config.gradient_checkpointing  # which forbids a cache
+    # Layers that are checkpointed use no key-value cache.
+    apart = config.dtype != "float32" or config.gradient_checkpointing
     sampler = copy_for(model, config.dtype) if apart else model
     optimizer, scheduler = make_optimizer(
         policy, learning_rate, steps * config.num_iterations, config.warmup_ratio
     )
-    torch.manual_seed(config.seed + 1 + rank)  # the ranks shuffle alike and sample apart
+    torch.manual_seed(config.seed + 1 + rank)  # of the sampling; question_stream has its own
     learner = Learner(model, policy, sampler, reference, tokenizer, optimizer, scheduler, deal())
     if state:
         restore(state, rank, learner)
     return learner
 
 
-def train_step(learner: Learner, room: int, config: Config) -> dict:
-    """One step of CPPO. Returns its numbers, over all ranks."""
-    start = time.perf_counter()
-
-    def draw(questions: list[Question]) -> list[Completion]:
-        sampler, tokenizer = learner.sampler, learner.tokenizer
-        return rollout(sampler, tokenizer, questions, config.group_size, config.temperature, config)
-
-    rows, ledger = collect_batch(draw, learner.stream, room, config)
-    learner.asked += ledger["questions"]
-    sampled = time.perf_counter()
-    if dist.is_initialized():
-        dist.barrier()
-    waited = time.perf_counter()  # for the rank that sampled longest
-    learning_rate = learner.scheduler.get_last_lr()[0]
-    try:
-        grad_norm = update(
-            learner.policy, learner.reference, learner.optimizer, learner.scheduler, rows, ledger,
-            config,
-        )  # fmt: skip
-    except NotFinite as error:
-        prompt = learner.tokenizer.decode(error.args[0])[-99:]
-        where = f"at the question ...{prompt!r}" if prompt else "of no one question"
-        raise NotFinite(f"the gradient is not finite, {where}") from error
-    refresh(learner.sampler, learner.model)
-    trained = time.perf_counter()
-    ledger.update(ranks=1, sample_seconds=sampled - start)
-    ledger.update(wait_seconds=waited - sampled, train_seconds=trained - waited)
-    return {
-        **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
-        "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
-    }  # fmt: skip
+def num_steps(questions: list[Question], room: int, world_size: int, config: Config) -> int:
+    """The steps of the run, and a line that says what they are made of."""
+    per_step = world_size * config.questions_for(room)
+    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
+    say(
+        f"cppo: {steps} steps of {per_step} questions (of {len(questions):,}), "
+        f"{config.group_size} completions each (G), {config.num_kept} of them trained (k)"
+    )
+    return steps
 
 
 def due(step: int, every: int, steps: int) -> bool:
@@ -1341,8 +1343,9 @@ def catch_signals() -> list[int]:
 
 
 def train(config: Config):
-    """A whole run: warm start, evaluation, CPPO, evaluation, checkpoint."""
+    """A whole run: warm start, evaluation, CPPO, checkpoint, evaluation."""
     folder, checkpoint = Path(config.output_dir), Path(config.output_dir, "checkpoint")
+    # Before the ranks meet: soon after, the first of them makes the folder.
     ours = config.resume and any(folder.glob("metrics.jsonl*"))  # it, or its replacement
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
@@ -1391,11 +1394,21 @@ def train(config: Config):
         if stop:
             say(f"cppo: stopped after step {step}, saved in {checkpoint}; go on with --resume")
             close_distributed()
-            sys.exit(128 + [*caught, signal.SIGTERM][0])  # 143 for SIGTERM, 130 for Ctrl-C
+            # 143 for SIGTERM, 130 for Ctrl-C; another rank may have been the one that was told
+            sys.exit(128 + [*caught, signal.SIGTERM][0])
         if due(step, config.eval_every, steps):
             test(step)
     if is_first_rank():
         say(summary(folder))
+    close_distributed()
+
+
+def evaluate_only(config: Config):
+    """--eval_only: evaluates a model and writes nothing."""
+    rank, world_size, device = init_distributed()
+    model, tokenizer, _, questions = prepare(config, config.model, world_size, device)
+    result = evaluate(copy_for(model, config.dtype), tokenizer, questions, rank, world_size, config)
+    say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**result))
     close_distributed()
 
 
@@ -1404,7 +1417,7 @@ def benchmark(config: Config):
     """--benchmark: what pruning would save with this model on this machine, step by step as train()
     takes them, but at a learning rate of 0, so that all pruning rates sample from one policy."""
     rank, world_size, device = init_distributed()
-    config.room(world_size)
+    room = config.room(world_size)
     model, tokenizer, questions, _ = prepare(config, config.model, world_size, device)
     learner = make_learner(
         model, tokenizer, questions, {}, None, 0.0, config.steps, config, rank, world_size
@@ -1422,7 +1435,7 @@ def benchmark(config: Config):
         torch.manual_seed(config.seed + 1 + rank)
         learner.stream = question_stream(questions, config.seed, rank, world_size)
         bar = tqdm(range(config.steps + 1), f"P {rate}", leave=False, disable=not is_first_rank())
-        runs = [train_step(learner, pruned.room(world_size), pruned) for _ in bar][1:]
+        runs = [train_step(learner, room, pruned) for _ in bar][1:]  # the first warms up
         m = {name: statistics.median(run[name] for run in runs) for name in names}
         sampling = m["sample_seconds"] + m["wait_seconds"]  # of the slowest rank
         per_question = m["step_seconds"] / m["questions"]
@@ -1441,6 +1454,7 @@ def benchmark(config: Config):
     close_distributed()
 
 
+# --- Command line ---------------------------------------------------------------------------------
 def keep_freed_memory():
     """Has glibc keep what tensors free. It would hand big blocks back to the kernel, which then has
     to wipe new pages for the next tensor: up to a quarter of a training step's time on a CPU."""
@@ -1449,6 +1463,15 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a big tensor
+
+
+def leave(status: int):
+    """Ends this process at once: with other ranks still there, Python's own way out may hang."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main():
@@ -1465,19 +1488,19 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def error(message: str):  # argparse would print a page
+    def refuse(message: str):  # argparse would print a page
         raise UserError(f"{message} (see --help)")
 
-    parser.error = error
+    parser.error = refuse
     try:
         config = Config(**vars(parser.parse_args()))
-        (score if config.eval_only else benchmark if config.benchmark else train)(config)
+        (evaluate_only if config.eval_only else benchmark if config.benchmark else train)(config)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        mine = not isinstance(error, UserError)  # a mistake of the user's is all ranks' alike
+        here_only = not isinstance(error, UserError)  # a user's mistake the first rank has as well
         if isinstance(error, torch.OutOfMemoryError):
             flags = "--tokens_per_microbatch or --sample_batch, or give --gradient_checkpointing"
             error = f"CUDA is out of memory: lower {flags}"
-        if mine or os.environ.get("LOCAL_RANK", "0") == "0":
+        if here_only or os.environ.get("LOCAL_RANK", "0") == "0":
             print("cppo.py:", " ".join(str(error).split())[:400], file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:  # before the first step, or in a benchmark
@@ -1485,15 +1508,6 @@ def main():
     except Exception:
         traceback.print_exc()
         leave(1)
-
-
-def leave(status: int):
-    """Ends this process at once: with other ranks still there, Python's own way out may hang."""
-    if dist.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 if __name__ == "__main__":

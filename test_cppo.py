@@ -4,7 +4,7 @@ pytest                      all of it
 pytest -m "not slow"        without the runs of whole training jobs
 pytest -k pruning           one part
 
-CPPO_MODULE=mine pytest -k pruning     an exercise: what mine.py defines takes the place of cppo.py's
+CPPO_MODULE=mine pytest -k pruning      an exercise: mine.py stands in for parts of cppo.py
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -41,6 +42,7 @@ from cppo import Completion, Config, Question, UserError
 ROOT = Path(__file__).parent
 F64 = torch.float64
 SCRIPT = [str(ROOT / "cppo.py")]
+RIGHT = dict(vars(cppo))
 if student := os.environ.get("CPPO_MODULE"):
     for name, value in vars(importlib.import_module(student)).items():
         if getattr(value, "__module__", "") == student:  # not what it has imported
@@ -48,21 +50,23 @@ if student := os.environ.get("CPPO_MODULE"):
     SCRIPT = [str(ROOT / "test_cppo.py"), "--main"]  # real processes do the same
 
 
-# An exercise is a word for -k, and the function of cppo.py, or a new one, that it asks for.
+# An exercise is a word for -k, and the function that it asks for; the last three are new ones.
 EXERCISES = {
     "answers": "extract_answer", "advantages": "group_advantages", "pruning": "prune",
-    "loss": "cppo_loss", "masks": "make_batch", "refill": "collect_batch",
+    "masks": "make_batch", "loss": "cppo_loss", "refill": "collect_batch",
     "max_variance": "max_variance", "clip_higher": "clip_higher_loss",
-    "unbiased": "unbiased_advantages",
+    "dr_grpo": "dr_grpo_advantages",
 }  # fmt: skip
 
 
-def grades_all_exercises(test):
-    """Marks a test so that -k finds it by the word of any exercise on cppo.py's own functions."""
-    for word, function in EXERCISES.items():
-        if hasattr(cppo, function):
-            test = getattr(pytest.mark, word)(test)
-    return test
+def grades(*words: str):
+    """Has -k find a test by these words too: pytest also looks at the attributes of a function."""
+
+    def mark(test):
+        vars(test).update(dict.fromkeys(words, True))
+        return test
+
+    return mark
 
 
 # --- Helpers --------------------------------------------------------------------------------------
@@ -546,8 +550,8 @@ def test_each_completion_is_scored_against_its_own_question(monkeypatch):
     ids[2].pop()  # no EOS
     monkeypatch.setattr(cppo, "sample_completions", lambda *_: [(x, [0.0] * len(x)) for x in ids])
     scored = cppo.rollout(model, tokenizer, questions, 3, 1.0, config())
-    assert [c.accuracy for c in scored] == [2, 0, 0, 0, 2, 0]
-    assert [c.format for c in scored] == [1, 0, 0, 1, 0, 0]
+    assert [c.accuracy_reward for c in scored] == [2, 0, 0, 0, 2, 0]
+    assert [c.format_reward for c in scored] == [1, 0, 0, 1, 0, 0]
     assert [c.truncated for c in scored] == [False, False, True, False, False, False]
     assert [c.prompt_ids for c in scored] == [questions[i // 3].prompt_ids for i in range(6)]
     assert scored[0].reward == 3
@@ -647,13 +651,13 @@ REWARDS = [  # completion, right answer, format reward, accuracy reward
 ]
 
 
-@pytest.mark.answers
+@grades("answers")
 @pytest.mark.parametrize(("text", "answer", "form", "accuracy"), REWARDS)
 def test_rewards_of_a_table_of_completions(text, answer, form, accuracy):
     assert (cppo.format_reward(text), cppo.accuracy_reward(text, answer)) == (form, accuracy)
 
 
-@pytest.mark.answers
+@grades("answers")
 @pytest.mark.parametrize(
     "piece", [*cppo.TAGS, "<think></think>\n<answer>", *"<9-$.% ", "1,", ",111", "0."]
 )
@@ -693,9 +697,10 @@ def test_advantages_by_hand():
     # mean 1, deviations (2, 0, -1, -1), std = sqrt(6 / 3)
     rewards = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 3], [2, 0, 0, 0]], dtype=F64)
     got = cppo.group_advantages(rewards)
+    lesson = "equal rewards teach nothing: 0 / (0 + 1e-4)"
+    close(cppo.group_advantages(rewards[1:2]), [[0] * 4], lesson)
     alone = torch.cat([cppo.group_advantages(row[None]) for row in rewards])
     close(got, alone, "mean and std are each question's own, whatever other questions there are")
-    close(got[1], [0] * 4, "equal rewards teach nothing: 0 / (0 + 1e-4)")
     s = math.sqrt(2) + 1e-4
     close(got[0], [2 / s, 0, -1 / s, -1 / s], "3 1 0 0 has mean 1 and std sqrt(6 / 3), over G - 1")
 
@@ -728,7 +733,7 @@ def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question():
     got = kept(advantages, 2)
     assert [len(group) for group in got] == [2, 2], "each question keeps k: none is crowded out"
     assert got == [[1, 2], [1, 2]], "the largest |A|, not A: the worst teach as much as the best"
-    assert kept(advantages, 4) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    assert kept(advantages, 4) == [[0, 1, 2, 3]] * 2, "with gamma 0 all k stay, also where A = 0"
 
 
 def test_pruning_breaks_ties_to_the_lowest_index():
@@ -781,7 +786,7 @@ def fake_draw(rewards_of, calls=None):
         if calls is not None:
             calls.append(len(questions))
         return [
-            Completion([1], [2, 3], truncated=r < 0, accuracy=float(r), log_probs=[0.0, 0.0])
+            Completion([1], [2, 3], truncated=r < 0, accuracy_reward=float(r), log_probs=[0.0, 0.0])
             for _ in questions
             for r in rewards_of(next(asked))
         ]
@@ -819,13 +824,14 @@ def test_refill_of_P_0_is_GRPO_all_completions_of_as_many_questions_as_fit():
 
 def test_refill_drops_the_lowest_absolute_advantages_where_the_last_questions_bring_too_many():
     # k = 2, room 5: 3 questions bring 6. |A| is 1.5 for the lone 3, 0.87 in the even group.
-    groups = [[0, 0, 0, 3], [0, 0, 3, 3], [0, 0, 0, 3]]
+    groups = [[0, 0, 0, 3], [0, 0, 0, 3], [0, 0, 3, 3]]
     settings = config(group_size=4, pruning_rate=0.5)
     rows, ledger = cppo.collect_batch(fake_draw(lambda i: groups[i]), stream(), 5, settings)
     assert ledger["kept"] == len(rows) == 5, "never more rows than there is room"
     assert ledger["dropped"] == 1, "what had no room is counted"
     sizes = sorted((round(abs(row.advantage), 2) for row in rows), reverse=True)
-    assert sizes == [1.5, 1.5, 0.87, 0.87, 0.5]  # of 1.5, 1.5, 0.87, 0.87, 0.5, 0.5
+    lesson = "of 1.5, 1.5, 0.87, 0.87, 0.5, 0.5 the lowest |A| goes, not the last to come"
+    assert sizes == [1.5, 1.5, 0.87, 0.87, 0.5], lesson
 
 
 def test_refill_drops_by_the_criterion_that_prunes():
@@ -918,7 +924,7 @@ def test_masks_of_a_batch_by_hand():
     assert batch.advantages.tolist() == [2, 0]
 
 
-@pytest.mark.masks
+@grades("masks")
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
 def test_log_probs_of_padded_rows_are_those_of_each_row_alone(family):
     model, rows = tiny(family), some_rows(9)
@@ -1005,7 +1011,7 @@ def test_the_gradient_of_random_losses_is_the_papers_formula():
 
 
 # --- Update ---------------------------------------------------------------------------------------
-@grades_all_exercises
+@grades("advantages", "pruning", "masks", "loss", "refill")
 def test_update_of_unpruned_groups_equals_a_naive_grpo():
     """P = 0 is GRPO: two groups of 4, one completion at a time, an old policy of its own."""
     model, eos = tiny("qwen2"), [1]
@@ -1015,7 +1021,7 @@ def test_update_of_unpruned_groups_equals_a_naive_grpo():
     sampled = cppo.sample_completions(model, PROMPTS[:2], 4, 8, 0.9, eos)
     rewards = [[3.0, 1.0, 0.0, 1.0], [0.0, 2.5, 2.5, 0.0]]
     completions = [
-        Completion(PROMPTS[i // 4], ids, lps, accuracy=rewards[i // 4][i % 4])
+        Completion(PROMPTS[i // 4], ids, lps, accuracy_reward=rewards[i // 4][i % 4])
         for i, (ids, lps) in enumerate(sampled)
     ]
     rows, ledger = cppo.collect_batch(lambda _: completions, stream(), 8, settings)
@@ -1067,19 +1073,31 @@ def test_update_reports_means_over_completions_and_iterations():
 
 
 def test_the_readmes_group_worked_by_hand():
-    rewards = torch.tensor([[3.0, 1.0, 0.0, 0.0]], dtype=F64)
-    advantages = cppo.group_advantages(rewards)
+    advantages = cppo.group_advantages(torch.tensor([[3.0, 1.0, 0.0, 0.0]], dtype=F64))
     mask = cppo.prune(advantages, config(group_size=4, pruning_rate=0.5).num_kept)
     assert mask.tolist() == [[True, False, True, False]]
-    A = advantages[mask]
-    same = torch.full((2, 3), -0.7, dtype=F64)  # any log-probabilities: ratio 1, KL 0
-    losses, _ = cppo.cppo_loss(same, same, same, A, torch.ones(2, 3, dtype=torch.bool), 0.2, 0.04)
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    numbers = [*advantages[0].tolist(), *losses.tolist(), losses.mean().item()]
-    first, zero, third, fourth, loss_1, loss_3, loss = (f"{x:.4f}" for x in numbers)
-    assert zero == "0.0000"
-    assert f"The advantages are {first}, 0, {third}, {fourth}." in readme
-    assert f"their losses are {loss_1} and {loss_3}, and the step's loss is {loss}" in readme
+    readme = (ROOT / "README.md").read_text()
+    for i, A in enumerate(advantages[0].tolist(), 1):
+        assert f"| $o_{i}$ | " in readme and f" | {A:.4f} | ".replace("0.0000", "0") in readme
+    A, rho = advantages[mask], torch.tensor([1.3, 0.7], dtype=F64)
+    old = torch.full((2, 5), -0.7, dtype=F64)  # any log-probabilities, any length
+    new, tokens = old + rho.log()[:, None], torch.ones(2, 5, dtype=torch.bool)
+    first, _ = cppo.cppo_loss(old, old, old, A, tokens, 0.2, 0.04)
+    second, statistics = cppo.cppo_loss(new, old, old, A, tokens, 0.2, 0.04)
+    unclipped, clipped = rho * A, rho.clamp(0.8, 1.2) * A
+    columns = [first, unclipped, clipped, torch.minimum(unclipped, clipped)]
+    for i, row in zip((1, 3), torch.stack([*columns, statistics["kl"], second], 1), strict=True):
+        assert f"| $o_{i}$ | {' | '.join(f'{x:.4f}' for x in row)} |" in readme
+    assert f"| mean over N = 2 | {first.mean():.4f} | | | | | {second.mean():.4f} |" in readme
+
+
+def test_the_readmes_links_lead_to_the_functions_that_they_name():
+    lines = (ROOT / "cppo.py").read_text().splitlines()
+    links = re.findall(r"\[`?([^]`]+)`?\]\(cppo\.py#L(\d+)\)", (ROOT / "README.md").read_text())
+    assert len(links) > 8
+    for name, number in links:
+        line = lines[int(number) - 1]
+        assert re.match(rf"(def|class) {name}\b|# --- {name}", line), f"{name} is not at L{number}"
 
 
 @pytest.mark.parametrize("tokens_per_microbatch", [1, 15, 40, 90])
@@ -1154,30 +1172,36 @@ def test_the_learning_rate_rises_for_the_warm_up_and_falls_along_a_cosine():
     assert rates[11] == pytest.approx(0.5) and rates[20] == pytest.approx(0)
 
 
-@pytest.mark.parametrize("split", ["5 7", "12 0", "1 11"])
-def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(split, tmp_path):
-    result = run("--worker", tmp_path / "gradients.pt", split, ranks=2, script=[__file__])
+def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(tmp_path):
+    result = run("--worker", tmp_path, ranks=2, script=[__file__])
     assert result.returncode == 0, result.stderr
-    two_ranks = torch.load(tmp_path / "gradients.pt", weights_only=True)
-    for a, b in zip(gradients_of_update(some_rows(12)), two_ranks, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    for first in SPLITS:
+        two_ranks = torch.load(tmp_path / f"{first}.pt", weights_only=True)
+        for a, b in zip(gradients_of_update(some_rows(12)), two_ranks, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def gradient_worker(file: str, split: str):
+SPLITS = 5, 12, 1  # of 12 rows, so many are the first rank's
+
+
+def gradient_worker(folder: str):
     """One of two ranks: its share of the rows, in micro-batches of its own size."""
     rank, _, _ = cppo.init_distributed()
-    model, reference = tiny("llama"), tiny("llama")
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.mul_(1.1)
-    before = [p.detach().clone() for p in model.parameters()]
-    policy = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-    first = int(split.split()[0])
-    rows = some_rows(12)[:first] if rank == 0 else some_rows(12)[first:]
-    settings = config(num_iterations=1, max_grad_norm=1e9, tokens_per_microbatch=15 + 20 * rank)
-    cppo.update(policy, reference, *plain_sgd(policy), rows, Counter(), settings)
-    if rank == 0:
-        torch.save([a - b.detach() for a, b in zip(before, model.parameters(), strict=True)], file)
+    for first in SPLITS:
+        model, reference = tiny("llama"), tiny("llama")
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(1.1)
+        before = [p.detach().clone() for p in model.parameters()]
+        policy = torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
+        rows = some_rows(12)[:first] if rank == 0 else some_rows(12)[first:]
+        settings = config(
+            num_iterations=1, max_grad_norm=1e9, tokens_per_microbatch=15 + 20 * rank
+        )  # fmt: skip
+        cppo.update(policy, reference, *plain_sgd(policy), rows, Counter(), settings)
+        if rank == 0:
+            moved = [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
+            torch.save(moved, Path(folder, f"{first}.pt"))
     cppo.close_distributed()
 
 
@@ -1271,7 +1295,7 @@ def test_a_step_of_each_family_of_models_starts_at_ratio_1_and_moves(family, dty
         prompts = [q.prompt_ids for q in questions]
         sampled = cppo.sample_completions(sampler, prompts, 4, 10, 1.0, [1])
         return [
-            Completion(prompts[i // 4], ids, lps, accuracy=float(len(ids) % 3))
+            Completion(prompts[i // 4], ids, lps, accuracy_reward=float(len(ids) % 3))
             for i, (ids, lps) in enumerate(sampled)
         ]
 
@@ -1370,8 +1394,7 @@ def test_evaluation_scores_every_question_once_however_they_are_batched_and_shar
             tokenizer.decode(x, skip_special_tokens=True).replace("hm", "") for x in ids
         ])  # fmt: skip
         score = cppo.evaluate(model, tokenizer, test, 0, 1, settings)
-    # chunks of 16, 16 and 5 questions: 10 + 10 + 3 right
-    assert score["eval_accuracy"] == 23 / 37 and score["eval_questions"] == 37
+    assert score["eval_accuracy"] == 24 / 37 and score["eval_questions"] == 37
 
 
 def test_the_sparkline_shows_the_mean_of_each_share():
@@ -1379,6 +1402,246 @@ def test_the_sparkline_shows_the_mean_of_each_share():
     assert cppo.sparkline([0, 0, 7, 7], width=2) == "▁█"
     assert cppo.sparkline([2.0, 2.0]) == "▁▁"
     assert len(cppo.sparkline(list(range(1000)))) == 40
+
+
+# --- Exercises that cppo.py does not answer, and what their graders must catch --------------------
+def extension(name: str):
+    """A function that a student has added."""
+    if not hasattr(cppo, name):
+        pytest.skip(f"an exercise: write {name} in mine.py and set CPPO_MODULE=mine")
+    return getattr(cppo, name)
+
+
+def test_max_variance_keeps_the_k_rewards_of_a_question_that_differ_most():
+    choose = extension("max_variance")
+    torch.manual_seed(0)
+    rewards = torch.tensor([0.0, 1.0, 1.5, 2.5, 3.0])[torch.randint(5, (40, 8))]
+    for k in (2, 3, 5):
+        mask = choose(rewards, k)
+        assert mask.sum(1).tolist() == [k] * 40, "k stay of each question"
+        for row, kept_row in zip(rewards, mask, strict=True):
+            best = max(map(statistics.pvariance, itertools.combinations(row.tolist(), k)))
+            got = statistics.pvariance(row[kept_row].tolist())
+            lesson = f"of {row.tolist()} the {k} with most variance, {best:.3f}, not {got:.3f}"
+            assert got == pytest.approx(best), f"{lesson}: i lowest, k - i highest, for the best i"
+
+
+CLIPPED_HIGHER = [  # ratio, A, loss, with eps 0.2 and eps_high 0.28
+    (1.25, 1.0, -1.25, "what does better may rise up to 1 + eps_high"),
+    (1.5, 1.0, -1.28, "above 1 + eps_high it is held"),
+    (0.75, -1.0, 0.8, "the lower bound stays 1 - eps: what does worse must not vanish"),
+    (1.5, -1.0, 1.5, "min leaves it free to come back"),
+    (0.5, 1.0, -0.5, "min leaves it free to come back"),
+]
+
+
+def test_clip_higher_lifts_the_upper_bound_alone():
+    loss = extension("clip_higher_loss")
+    for ratio, advantage, want, why in CLIPPED_HIGHER:
+        log_probs, old = torch.tensor([[math.log(ratio)]], dtype=F64), torch.zeros(1, 1, dtype=F64)
+        A, mask = torch.tensor([advantage], dtype=F64), torch.tensor([[True]])
+        losses, statistics = loss(log_probs, old, None, A, mask, 0.2, 0.0, 0.28)
+        assert losses.tolist() == pytest.approx([want]), f"rho {ratio}, A {advantage}: {why}"
+        assert set(statistics) == {"kl", "clip_fraction"}, "update() logs the same statistics"
+
+
+def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
+    rewards = torch.tensor([[3.0, 1.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]], dtype=F64)
+    got = extension("dr_grpo_advantages")(rewards)
+    close(got, [[2, 0, -1, -1], [0] * 4], "A = r - mean(r), of each question's G, and no more")
+    values = torch.tensor([[4.0, 9.0, 9.0], [1.0, 2.0, 3.0]], dtype=F64)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    got = extension("dr_grpo_token_mean")(values, mask, 8)
+    close(got, [4 / 8, 6 / 8], "a sum over own tokens / max_completion_tokens, the same for all")
+
+
+def top(score: torch.Tensor, k: int) -> torch.Tensor:
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(k).indices, True)
+
+
+def prune_the_batch(advantages, k, gamma=0.0, by=""):
+    return top(advantages.abs().flatten(), k * len(advantages)).view_as(advantages)
+
+
+def prune_above_the_kth(advantages, k, gamma=0.0, by=""):
+    return advantages.abs() >= advantages.abs().topk(k, dim=1).values[:, -1:].clamp(min=gamma)
+
+
+def wrong_loss(fault: str):
+    def loss(log_probs, old, ref, advantages, mask, eps, beta, eps_high=None):
+        low, high = (eps_high, eps) if fault == "swapped" else (eps, eps_high or eps)
+        low = high if fault == "both sides" else low
+        high = eps if fault == "symmetric" else high
+        A, ratio = advantages[:, None], torch.exp(log_probs - old)
+        unclipped, clipped = ratio * A, ratio.clamp(1 - low, 1 + high) * A
+        term = clipped if fault == "no min" else torch.minimum(unclipped, clipped)
+        log_ref = torch.zeros_like(log_probs) if ref is None else ref - log_probs
+        kl = -log_ref if fault == "log ratio" else log_ref.exp() - log_ref - 1
+        losses = -(term - beta * kl) * mask * (-1 if fault == "sign" else 1)
+        size = torch.full((len(mask),), mask.shape[1]) if fault == "padding" else mask.sum(1)
+        losses = losses.sum(1) / (size if fault != "all tokens" else mask.sum() / len(mask))
+        held = ((clipped < unclipped) * mask).sum(1) / mask.sum(1)
+        return losses, {"kl": ((kl * mask).sum(1) / mask.sum(1)).detach(), "clip_fraction": held}
+
+    return loss
+
+
+def wrong_batch(fault: str):
+    def make_batch(rows, device="cpu"):
+        batch = RIGHT["make_batch"](rows, device)
+        for i, row in enumerate(rows):
+            n, start = len(row.token_ids), len(row.prompt_ids)
+            if fault == "EOS":
+                batch.mask[i, n - 1] = False
+            elif fault == "value":
+                batch.mask[i, :n] = torch.tensor(row.token_ids) != 0
+            elif fault == "padding":
+                batch.mask[i] = True
+            elif fault == "shift":
+                batch.predicts[i] = batch.predicts[i].roll(1)
+            elif fault == "prompt":
+                batch.predicts[i, :start] = True
+        return batch
+
+    return make_batch
+
+
+def wrong_refill(fault: str):
+    def collect_batch(draw, stream, room, config):
+        G, kept, sampled, calls = config.group_size, [], [], 0
+        while len(kept) < room and calls < (1 if fault == "one round" else 9):
+            Q = room // G if fault == "GRPO" else config.questions_for(room - len(kept))
+            some = draw(list(itertools.islice(stream, Q)))
+            A = cppo.group_advantages(torch.tensor([c.reward for c in some]).double().view(-1, G))
+            mask = cppo.prune(A, config.num_kept, config.gamma)
+            if fault == "unpaired":
+                A = A.T.reshape(A.shape)
+            for c, a in zip(some, A.flatten().tolist(), strict=True):
+                c.advantage = a
+            new = [c for c, keep in zip(some, mask.flatten(), strict=True) if keep]
+            if fault == "kept only":
+                rewards = torch.tensor([c.reward for c in new]).double().view(-1, config.num_kept)
+                for c, a in zip(new, cppo.group_advantages(rewards).flatten(), strict=True):
+                    c.advantage = float(a)
+            kept, sampled, calls = kept + new, sampled + some, calls + 1
+        best = sorted(range(len(kept)), key=lambda i: -abs(kept[i].advantage))
+        best = range(len(kept)) if fault == "first come" else best
+        rows = kept if fault == "overfull" else [kept[i] for i in sorted(best[:room])]
+        ledger = cppo.make_ledger(sampled, rows, G)
+        ledger.update(refill_rounds=calls, dropped=len(kept) - len(rows))
+        return rows, ledger
+
+    return collect_batch
+
+
+GRADERS = {
+    "extract_answer": [test_answers_are_what_the_last_pair_of_tags_holds],
+    "group_advantages": [test_advantages_by_hand],
+    "prune": [
+        test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question,
+        test_pruning_breaks_ties_to_the_lowest_index,
+        test_pruning_with_gamma_keeps_at_most_k_and_none_below_it,
+    ],
+    "make_batch": [test_masks_of_a_batch_by_hand],
+    "cppo_loss": [
+        lambda: [test_the_clipped_loss_and_its_gradient_by_hand(*case) for case in CLIPPED],
+        test_the_kl_term_of_the_loss_and_its_gradient_by_hand,
+        test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions,
+    ],
+    "collect_batch": [
+        test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times_the_questions,
+        test_refill_drops_the_lowest_absolute_advantages_where_the_last_questions_bring_too_many,
+        test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups,
+    ],
+    "max_variance": [test_max_variance_keeps_the_k_rewards_of_a_question_that_differ_most],
+    "clip_higher_loss": [test_clip_higher_lifts_the_upper_bound_alone],
+    "dr_grpo_advantages": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
+    "dr_grpo_token_mean": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
+}
+MISTAKES = [  # function, a plausible mistake in it, what the grader must say
+    ("extract_answer", lambda t: t.partition("<answer>")[2].partition("</answer>")[0], "the last"),
+    ("extract_answer", lambda t: (re.findall("(?s)<answer>(.*)</answer>", t) or [None])[0], "last"),
+    ("extract_answer", lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1], "its sign"),
+    ("extract_answer", lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(), "None"),
+    ("group_advantages", lambda r: (r - r.mean()) / (r.std() + 1e-4), "each question's own"),
+    ("group_advantages",
+     lambda r: (r - r.mean(1)[:, None]) / (r.std(1, unbiased=False)[:, None] + 1e-4), "G - 1"),
+    ("group_advantages", lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "equal rewards"),
+    ("group_advantages", lambda r: r - r.mean(1)[:, None], r"std sqrt\(6 / 3\)"),
+    ("prune", lambda a, k, gamma=0.0, by="": top(a, k), "not A: the worst teach as much"),
+    ("prune", prune_the_batch, "each question keeps k"),
+    ("prune", prune_above_the_kth, "exactly k stay"),
+    ("prune", lambda a, k, gamma=0.0, by="": RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
+    ("prune", lambda a, k, gamma=0.0, by="": RIGHT["prune"](a, k) & (a.abs() > gamma), "A = 0"),
+    ("make_batch", wrong_batch("EOS"), "EOS is trained"),
+    ("make_batch", wrong_batch("value"), "EOS is trained"),
+    ("make_batch", wrong_batch("padding"), "padding is no token"),
+    ("make_batch", wrong_batch("shift"), "predict the next one"),
+    ("make_batch", wrong_batch("prompt"), "begins at the prompt's last token"),
+    ("cppo_loss", wrong_loss("no min"), "min leaves it free"),
+    ("cppo_loss", wrong_loss("sign"), "the loss is minus"),
+    ("cppo_loss", wrong_loss("log ratio"), "never below 0"),
+    ("cppo_loss", wrong_loss("padding"), "padding left out"),
+    ("cppo_loss", wrong_loss("all tokens"), "a completion's own tokens"),
+    ("collect_batch", wrong_refill("GRPO"), "takes 4 questions"),
+    ("collect_batch", wrong_refill("kept only"), "before any is pruned"),
+    ("collect_batch", wrong_refill("unpaired"), "stays with its completion"),
+    ("collect_batch", wrong_refill("overfull"), "never more rows"),
+    ("collect_batch", wrong_refill("one round"), "round after round"),
+    ("collect_batch", wrong_refill("first come"), "the lowest .A. goes"),
+    ("max_variance", lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
+    ("max_variance", lambda r, k: top(r, k), "most variance"),
+    ("max_variance", lambda r, k: top(r, k - k // 2) | top(-r, k // 2), "for the best i"),
+    ("clip_higher_loss", wrong_loss("symmetric"), r"up to 1 \+ eps_high"),
+    ("clip_higher_loss", wrong_loss("swapped"), r"up to 1 \+ eps_high"),
+    ("clip_higher_loss", wrong_loss("both sides"), "the lower bound stays"),
+    ("clip_higher_loss", wrong_loss("no min"), "free to come back"),
+    ("dr_grpo_advantages", RIGHT["group_advantages"], "and no more"),
+    ("dr_grpo_advantages", lambda r: r - r.mean(), "each question's G"),
+    ("dr_grpo_advantages", lambda r: (r - r.mean(1)[:, None]) * 4 / 3, "and no more"),
+    ("dr_grpo_token_mean", lambda v, m, most: RIGHT["token_mean"](v, m), "max_completion_tokens"),
+    ("dr_grpo_token_mean", lambda v, m, most: (v * m).sum(1) / m.shape[1], "the same for all"),
+    ("dr_grpo_token_mean", lambda v, m, most: v.sum(1) / most, "own tokens"),
+]  # fmt: skip
+
+
+def slow_max_variance(rewards, k):
+    best = [
+        max(itertools.combinations(range(len(r)), k), key=lambda s: r[list(s)].var(correction=0))
+        for r in rewards
+    ]
+    return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, torch.tensor(best), True)
+
+
+SOLVED = RIGHT | {
+    "max_variance": slow_max_variance, "clip_higher_loss": wrong_loss("nothing"),
+    "dr_grpo_advantages": lambda r: r - r.mean(dim=1, keepdim=True),
+    "dr_grpo_token_mean": lambda v, m, most: (v * m).sum(dim=1) / most,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRADERS)
+def test_the_graders_accept_a_right_solution(name, monkeypatch):
+    for function in GRADERS:
+        monkeypatch.setattr(cppo, function, SOLVED[function], raising=False)
+    for grade in GRADERS[name]:
+        grade()
+
+
+@pytest.mark.parametrize(("name", "mistake", "lesson"), MISTAKES)
+def test_the_graders_catch_a_plausible_mistake_and_say_why(name, mistake, lesson, monkeypatch):
+    for function in GRADERS:
+        monkeypatch.setattr(cppo, function, SOLVED[function], raising=False)
+    monkeypatch.setattr(cppo, name, mistake)
+    with pytest.raises(AssertionError, match=lesson):
+        for grade in GRADERS[name]:
+            grade()
+
+
+def test_each_exercise_has_three_plausible_mistakes_or_more():
+    assert set(EXERCISES.values()) <= set(GRADERS)
+    counts = Counter(name for name, _, _ in MISTAKES)
+    assert all(counts[name] >= 3 for name in GRADERS)
 
 
 # --- Whole runs, as a user runs them --------------------------------------------------------------
@@ -1394,7 +1657,7 @@ def without_seconds(metrics: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-@grades_all_exercises
+@grades("answers", "advantages", "pruning", "masks", "loss", "refill")
 def test_the_main_job_learns_to_carry(tmp_path):
     result = run("--output_dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
@@ -1490,6 +1753,43 @@ def test_a_benchmark_step_does_all_the_work_and_leaves_the_weights_alone():
     assert learner.asked == numbers["questions"] == 16 and numbers["kept"] == 32
     assert learner.optimizer.state  # it has stepped
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_readmes_own_task_learns_to_sort(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", readme)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    (tmp_path / "sort_digits.py").write_text(code)
+    script, folder = [str(tmp_path / "sort_digits.py")], tmp_path / "run"
+    arguments = "--task", "sort", "--steps", 12, "--output_dir", folder
+    result = run(*arguments, script=script, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    _, before, *_, after = read_metrics(folder)
+    assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # half the steps, half the way
+    other = run("--task", "juggle", script=script, PYTHONPATH=str(ROOT))
+    assert other.returncode == 2 and "one of arithmetic, gsm8k, sort, not juggle" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_students_module_is_graded_in_place_of_cppo_py(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    code = readme[readme.index("    # mine.py\n") : readme.index("    CPPO_MODULE=mine pytest")]
+    (tmp_path / "mine.py").write_text(code.replace("\n    ", "\n").strip() + "\n")
+    student = {**os.environ, "CPPO_MODULE": "mine", "PYTHONPATH": str(tmp_path)}
+    graded = subprocess.run(
+        [sys.executable, "-m", "pytest", str(ROOT), "-p", "no:cacheprovider",
+         "-k", "advantages and not slow and not graders"],
+        capture_output=True, text=True, env=student,
+    )  # fmt: skip
+    (says,) = re.findall(r"AssertionError: (.*?) \.\.\.", readme)
+    assert graded.returncode == 1 and "AssertionError: " + says in graded.stdout, graded.stdout
+    # whole jobs run with it too
+    mine = "def prune(*_, **__):\n    raise RuntimeError('it is mine')\n"
+    (tmp_path / "mine.py").write_text(mine)
+    script = [str(ROOT / "test_cppo.py"), "--main"]
+    job = run(*RUN, "--output_dir", tmp_path / "run", script=script, **student)
+    assert job.returncode == 1 and "RuntimeError: it is mine" in job.stderr
 
 
 RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_questions 32".split()
@@ -1650,7 +1950,7 @@ def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(accident, says, tmp_p
         f"real = cppo.group_advantages\ndef accident(r):\n    {accident}\n"
         "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
     )
-    result = run(*RUN, "--output_dir", tmp_path / "run", script=[str(script)], ranks=2)  # or a time-out
+    result = run(*RUN, "--output_dir", tmp_path / "run", script=[str(script)], ranks=2)
     assert result.returncode != 0 and says in result.stderr
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 0]
 
