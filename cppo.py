@@ -98,7 +98,7 @@ class Config:
     test_data: str | None = flag(None, "the same, to evaluate on")
     output_dir: str | None = flag(None, "folder to write to (default: runs/TASK)")
     steps: int | None = flag(None, "training steps (default: by task, or an epoch)", "[0, inf)")
-    batch_size: int = flag(128, "N: completions trained a step, over all ranks", "[1, inf)")
+    batch_size: int | None = flag(None, "N: completions trained a step, by all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
     gamma: float = flag(0.0, "of the k, only |A| >= gamma stay", "[0, inf)")
@@ -400,8 +400,6 @@ def refresh(sampler, model):
 def trainable(model, gradient_checkpointing: bool):
     """What is trained: the model itself, inside DDP where there are several ranks."""
     if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError("--gradient_checkpointing is not possible with this --model")
         model.activation_checkpointing_enable()
         for module in model.modules():  # only layers are in training: their dropouts stay off
             module.training = isinstance(module, GradientCheckpointingLayer)
@@ -579,20 +577,21 @@ class Task:
 
     # (--train_data, "train") or (--test_data, "test") -> questions
     questions: Callable[[str | None, str], list[Question]]
-    accuracy: Callable[[str, str], float]  # (completion, answer) -> 0 to 2; from 1.5 on it is right
-    defaults: dict  # what a flag that is left unset means
+    # (completion, answer) -> 0 to 2, from 1.5 on it is right; 1 for the format is added to it
+    accuracy: Callable[[str, str], float]
+    defaults: dict  # of the flags that are None if unset
 
 
 TASKS = {
     "arithmetic": Task(arithmetic_questions, accuracy_reward, {
-        "steps": 30, "max_prompt_tokens": 16, "max_completion_tokens": 32,
+        "steps": 60, "batch_size": 16, "max_prompt_tokens": 16, "max_completion_tokens": 32,
         "learning_rate": 2e-4, "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
         "sample_batch": 1024, "tokens_per_microbatch": 8192,
     }),
     "gsm8k": Task(gsm8k_questions, accuracy_reward, {
         "model": "Qwen/Qwen2.5-1.5B-Instruct",
         "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
-        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
+        "batch_size": 128, "max_prompt_tokens": 512, "max_completion_tokens": 1024,
         "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
         "sample_batch": 256,
     }),
@@ -683,8 +682,9 @@ def collect_batch(
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
     `draw(questions)` gives their scored completions, Q G of them, question-major. Returns at most
-    `room` rows to train on and the step's ledger. With gamma 0 one round of sampling fills the
-    room; with a larger one it may take --max_refill_rounds, and even then stay part empty.
+    `room` rows to train on, in the order of their questions, and the step's ledger. With gamma 0
+    one round of sampling fills the room; with a larger one it may take --max_refill_rounds, and
+    even then stay part empty.
     """
     sampled, kept, rounds = [], [], 0
     while len(kept) < room and rounds < (config.max_refill_rounds if config.refill else 1):
@@ -702,21 +702,21 @@ def collect_batch(
     # There may be a few too many, if k does not divide the room: prune once more, all as one group.
     fits = prune(torch.tensor([[c.advantage for c in kept]]), room, by=config.prune_by)[0].tolist()
     rows = [c for c, fit in zip(kept, fits, strict=True) if fit]
-    ledger = make_ledger(sampled, rows, config.group_size)
-    ledger.update(refill_rounds=rounds, dropped=len(kept) - len(rows))  # of a Counter: it adds
-    return rows, ledger
+    return rows, make_ledger(sampled, kept, rows, rounds, config.group_size)
 
 
-def make_ledger(sampled: list[Completion], rows: list[Completion], group_size: int) -> Counter:
-    """What a step has sampled and kept, in sums, so that ranks and rounds add up.
-
-    step_metrics makes averages of some: its DENOMINATORS say which.
-    """
+def make_ledger(
+    sampled: list[Completion], kept: list[Completion], rows: list[Completion], rounds: int,
+    group_size: int,
+) -> Counter:  # fmt: skip
+    """What a step has sampled, what pruning kept of it, and the rows that had room: all in sums, so
+    that ranks add up. step_metrics makes averages of some: its DENOMINATORS say which."""
     groups = [sampled[i : i + group_size] for i in range(0, len(sampled), group_size)]
     all_abs, kept_abs = (sum(abs(c.advantage) for c in cs) for cs in (sampled, rows))
     return Counter(
         questions=len(groups), sampled=len(sampled), kept=len(rows),
         pruned=len(sampled) - len(rows),  # not trained on, for whatever reason
+        dropped=len(kept) - len(rows), refill_rounds=rounds,
         dead_groups=sum(len({c.reward for c in group}) == 1 for group in groups),
         reward=sum(c.reward for c in sampled),
         accuracy=sum(c.right for c in sampled),
@@ -1006,10 +1006,10 @@ def train_step(learner: Learner, room: int, config: Config) -> dict:
 
     rows, ledger = collect_batch(draw, learner.stream, room, config)
     learner.asked += ledger["questions"]
-    sampled = time.perf_counter()
+    sampled_at = time.perf_counter()
     if dist.is_initialized():
         dist.barrier()
-    waited = time.perf_counter()  # for the rank that sampled longest
+    waited_at = time.perf_counter()  # for the rank that sampled longest
     learning_rate = learner.scheduler.get_last_lr()[0]
     try:
         grad_norm = update(
@@ -1021,11 +1021,11 @@ def train_step(learner: Learner, room: int, config: Config) -> dict:
         where = f"at the question ...{prompt!r}" if prompt else "of no one question"
         raise NotFinite(f"the gradient is not finite, {where}") from error
     refresh(learner.sampler, learner.model)
-    trained = time.perf_counter()
+    trained_at = time.perf_counter()
     ledger["ranks"] = 1  # each adds one
-    ledger["sample_seconds"] = sampled - start
-    ledger["wait_seconds"] = waited - sampled
-    ledger["train_seconds"] = trained - waited
+    ledger["sample_seconds"] = sampled_at - start
+    ledger["wait_seconds"] = waited_at - sampled_at
+    ledger["train_seconds"] = trained_at - waited_at
     return {
         **step_metrics(ledger, learner.model.device), "grad_norm": grad_norm,
         "learning_rate": learning_rate, "step_seconds": time.perf_counter() - start,
@@ -1193,7 +1193,7 @@ def save_checkpoint(folder: Path, learner, step: int, config: Config):
         save_folder(folder, learner.model, learner.tokenizer, trainer)
 
 
-# Flags that may change between a run and its continuation: they do not change what is learned.
+# Flags that may change between a run and its continuation: its numbers stay the same.
 MAY_CHANGE = "output_dir resume save_every eval_every".split()
 
 
@@ -1229,9 +1229,8 @@ def restore(state: dict, rank: int, learner):
 
 
 def start_run(folder: Path, config: Config, done: int) -> bool:
-    """Makes the run's folder with its config.json, and cuts metrics.jsonl back to step `done`.
-
-    Returns, on the first rank, whether that step is evaluated already.
+    """Makes the run's folder with its config.json, and cuts metrics.jsonl back to step `done`, -1
+    if there is no checkpoint. Returns, on the first rank, whether that step is evaluated already.
     """
     if not is_first_rank():
         return False
@@ -1261,6 +1260,8 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
     if len(questions) < len(loaded):
         too_long = len(loaded) - len(questions)
         left_out = f", {too_long:,} with prompts over --max_prompt_tokens left out"
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError("--gradient_checkpointing is not possible with this --model")
     if len(questions) < world_size and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few{left_out}")
     say(
@@ -1286,7 +1287,8 @@ def make_learner(
     model, tokenizer, questions: list[Question], state: dict, folder: Path | None,
     learning_rate: float, steps: int, config: Config, rank: int = 0, world_size: int = 1,
 ) -> Learner:  # fmt: skip
-    """The Learner of a run of so many steps: after the warm start, or where `state` left it."""
+    """The Learner of a run of so many steps: where a `state` left it, else after the warm start,
+    which is trained here."""
     policy = trainable(model, config.gradient_checkpointing)
     deal = functools.partial(question_stream, questions, config.seed, rank, world_size)
     if config.warm_start_steps and not state:
@@ -1417,7 +1419,7 @@ def benchmark(config: Config):
     """--benchmark: what pruning would save with this model on this machine, step by step as train()
     takes them, but at a learning rate of 0, so that all pruning rates sample from one policy."""
     rank, world_size, device = init_distributed()
-    room = config.room(world_size)
+    room = dataclasses.replace(config, pruning_rate=0.0).room(world_size)  # whole groups
     model, tokenizer, questions, _ = prepare(config, config.model, world_size, device)
     learner = make_learner(
         model, tokenizer, questions, {}, None, 0.0, config.steps, config, rank, world_size

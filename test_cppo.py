@@ -44,9 +44,12 @@ F64 = torch.float64
 SCRIPT = [str(ROOT / "cppo.py")]
 RIGHT = dict(vars(cppo))
 if student := os.environ.get("CPPO_MODULE"):
-    for name, value in vars(importlib.import_module(student)).items():
-        if getattr(value, "__module__", "") == student:  # not what it has imported
-            setattr(cppo, name, value)
+    written = {  # and not what it has imported
+        name: value
+        for name, value in vars(importlib.import_module(student)).items()
+        if getattr(value, "__module__", "") == student
+    }
+    vars(cppo).update(written)
     SCRIPT = [str(ROOT / "test_cppo.py"), "--main"]  # real processes do the same
 
 
@@ -57,6 +60,10 @@ EXERCISES = {
     "max_variance": "max_variance", "clip_higher": "clip_higher_loss",
     "dr_grpo": "dr_grpo_advantages",
 }  # fmt: skip
+
+
+if student and not {*EXERCISES.values(), "dr_grpo_token_mean"} & {*written}:
+    raise ImportError(f"{student}.py has no function of {', '.join(EXERCISES.values())}")
 
 
 def grades(*words: str):
@@ -863,7 +870,8 @@ def test_refill_gives_up_after_max_refill_rounds_and_trains_on_what_there_is():
 def test_refill_of_rewards_that_floats_cannot_hold_still_sees_equal_ones_as_equal():
     settings = config(group_size=10, pruning_rate=0.5, gamma=1e-6, max_refill_rounds=1)
     rows, ledger = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10), stream(), 5, settings)
-    assert rows == [] and ledger["dead_groups"] == 1
+    lesson = "compute advantages in float64: the mean of 1.1s is not 1.1 in float32"
+    assert rows == [] and ledger["dead_groups"] == 1, lesson
 
 
 def test_no_refill_asks_batch_over_G_questions_and_trains_on_k_of_each():
@@ -1408,7 +1416,8 @@ def test_the_sparkline_shows_the_mean_of_each_share():
 def extension(name: str):
     """A function that a student has added."""
     if not hasattr(cppo, name):
-        pytest.skip(f"an exercise: write {name} in mine.py and set CPPO_MODULE=mine")
+        absent = pytest.fail if student else pytest.skip
+        absent(f"an exercise: write {name} in mine.py and set CPPO_MODULE=mine")
     return getattr(cppo, name)
 
 
@@ -1416,8 +1425,9 @@ def test_max_variance_keeps_the_k_rewards_of_a_question_that_differ_most():
     choose = extension("max_variance")
     torch.manual_seed(0)
     rewards = torch.tensor([0.0, 1.0, 1.5, 2.5, 3.0])[torch.randint(5, (40, 8))]
-    for k in (2, 3, 5):
+    for k in (1, 2, 3, 5, 8):
         mask = choose(rewards, k)
+        assert mask.dtype == torch.bool and mask.shape == (40, 8), "a mask: True for what stays"
         assert mask.sum(1).tolist() == [k] * 40, "k stay of each question"
         for row, kept_row in zip(rewards, mask, strict=True):
             best = max(map(statistics.pvariance, itertools.combinations(row.tolist(), k)))
@@ -1440,9 +1450,28 @@ def test_clip_higher_lifts_the_upper_bound_alone():
     for ratio, advantage, want, why in CLIPPED_HIGHER:
         log_probs, old = torch.tensor([[math.log(ratio)]], dtype=F64), torch.zeros(1, 1, dtype=F64)
         A, mask = torch.tensor([advantage], dtype=F64), torch.tensor([[True]])
-        losses, statistics = loss(log_probs, old, None, A, mask, 0.2, 0.0, 0.28)
+        losses, _ = loss(log_probs, old, None, A, mask, 0.2, 0.0, 0.28)
         assert losses.tolist() == pytest.approx([want]), f"rho {ratio}, A {advantage}: {why}"
-        assert set(statistics) == {"kl", "clip_fraction"}, "update() logs the same statistics"
+    # the rest is as in cppo_loss: KL, means over own tokens, gradient, statistics
+    torch.manual_seed(0)
+    old, ref = torch.randn(2, 6, 5, dtype=F64)
+    log_probs = (old + 0.4 * torch.randn(6, 5, dtype=F64)).requires_grad_()
+    A, lengths = torch.randn(6, dtype=F64), [1, 2, 3, 4, 5, 5]
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    losses, statistics = loss(log_probs, old, ref, A, mask, 0.1, 0.04, 0.3)
+    want, held, divergence = (torch.zeros(6, dtype=F64) for _ in range(3))
+    for i, length in enumerate(lengths):
+        for t in range(length):
+            rho, log_ref = torch.exp(log_probs[i, t] - old[i, t]), ref[i, t] - log_probs[i, t]
+            kl, clipped = torch.exp(log_ref) - log_ref - 1, rho.clamp(0.9, 1.3) * A[i]
+            want[i] -= (torch.minimum(rho * A[i], clipped) - 0.04 * kl) / length
+            held[i] += (clipped < rho * A[i]) / length
+            divergence[i] += kl.detach() / length
+    close(losses, want.detach(), "KL, 1/|o_i| and bounds that are given, as in cppo_loss")
+    close(statistics["kl"], divergence, "kl: the mean over a completion's own tokens")
+    close(statistics["clip_fraction"], held, "clip_fraction: the share of tokens held")
+    gradients = (torch.autograd.grad(x.sum(), log_probs)[0] for x in (losses, want))
+    close(*gradients, "the gradient flows through rho and KL")
 
 
 def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
@@ -1451,8 +1480,10 @@ def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
     close(got, [[2, 0, -1, -1], [0] * 4], "A = r - mean(r), of each question's G, and no more")
     values = torch.tensor([[4.0, 9.0, 9.0], [1.0, 2.0, 3.0]], dtype=F64)
     mask = torch.tensor([[True, False, False], [True, True, True]])
-    got = extension("dr_grpo_token_mean")(values, mask, 8)
-    close(got, [4 / 8, 6 / 8], "a sum over own tokens / max_completion_tokens, the same for all")
+    for most in (8, 32):
+        got = extension("dr_grpo_token_mean")(values, mask, most)
+        lesson = "a sum over own tokens / max_completion_tokens, the same for all"
+        close(got, [4 / most, 6 / most], lesson)
 
 
 def top(score: torch.Tensor, k: int) -> torch.Tensor:
@@ -1527,9 +1558,7 @@ def wrong_refill(fault: str):
         best = sorted(range(len(kept)), key=lambda i: -abs(kept[i].advantage))
         best = range(len(kept)) if fault == "first come" else best
         rows = kept if fault == "overfull" else [kept[i] for i in sorted(best[:room])]
-        ledger = cppo.make_ledger(sampled, rows, G)
-        ledger.update(refill_rounds=calls, dropped=len(kept) - len(rows))
-        return rows, ledger
+        return rows, cppo.make_ledger(sampled, kept, rows, calls, G)
 
     return collect_batch
 
@@ -1620,7 +1649,7 @@ SOLVED = RIGHT | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GRADERS)
+@pytest.mark.parametrize("name", GRADERS, ids=range(len(GRADERS)))  # no words for -k
 def test_the_graders_accept_a_right_solution(name, monkeypatch):
     for function in GRADERS:
         monkeypatch.setattr(cppo, function, SOLVED[function], raising=False)
@@ -1628,7 +1657,7 @@ def test_the_graders_accept_a_right_solution(name, monkeypatch):
         grade()
 
 
-@pytest.mark.parametrize(("name", "mistake", "lesson"), MISTAKES)
+@pytest.mark.parametrize(("name", "mistake", "lesson"), MISTAKES, ids=range(len(MISTAKES)))
 def test_the_graders_catch_a_plausible_mistake_and_say_why(name, mistake, lesson, monkeypatch):
     for function in GRADERS:
         monkeypatch.setattr(cppo, function, SOLVED[function], raising=False)
@@ -1663,10 +1692,10 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cppo: task arithmetic")
     _, before, *steps, after = read_metrics(tmp_path / "run")
-    assert len(steps) == 30 and all(set(STEP_KEYS) <= set(step) for step in steps)
+    assert len(steps) == 60 and all(set(STEP_KEYS) <= set(step) for step in steps)
     assert before["eval_questions"] == after["eval_questions"] == 512
     assert 0.4 <= before["eval_accuracy"] <= 0.8 and after["eval_accuracy"] >= 0.97
-    assert all(step["kept"] == 128 and step["sampled"] == 64 * 16 for step in steps)
+    assert all(step["kept"] == 16 and step["sampled"] == 8 * 16 for step in steps)
     assert steps[0]["learning_rate"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert max(step["sampling_gap"] for step in steps) < 1e-4
     for step in steps:  # pruning kept what teaches most
@@ -1674,11 +1703,14 @@ def test_the_main_job_learns_to_carry(tmp_path):
     for word in ("accuracy ", "questions ", "trained ", "seconds ", "reward ", "model "):
         assert f"\n{word}" in result.stdout
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
-    # the checkpoint is a Hugging Face folder that answers a sum
+    # the checkpoint is a Hugging Face folder that answers sums
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint")
-    ids = model.generate(**tokenizer("68+57=", return_tensors="pt"), max_new_tokens=32)
-    assert cppo.extract_answer(tokenizer.decode(ids[0])) == "125"
+    sums = cppo.arithmetic_questions(None, "test")[:16]
+    ids = tokenizer([question.prompt for question in sums], return_tensors="pt").input_ids
+    texts = tokenizer.batch_decode(model.generate(ids, max_new_tokens=32))
+    answers = [cppo.extract_answer(text) for text in texts]
+    assert sum(a == q.answer for a, q in zip(answers, sums, strict=True)) >= 14
 
 
 @pytest.mark.slow
@@ -1725,7 +1757,7 @@ def test_help_explains_every_flag():
 @pytest.mark.slow
 def test_the_benchmark_prints_the_papers_table_and_writes_nothing(tmp_path):
     options = "--warm_start_steps 1 --steps 2 --max_completion_tokens 8 --ignore_eos".split()
-    result = run("--benchmark", *options, "--output_dir", tmp_path / "run")
+    result = run("--benchmark", *options, "--batch_size", 128, "--output_dir", tmp_path / "run")
     assert result.returncode == 0 and not (tmp_path / "run").exists(), result.stderr
     table = [line.split() for line in result.stdout.splitlines() if "x" in line and "%" in line]
     ledger = [[float(x) for x in row[:3]] for row in table]
@@ -1767,8 +1799,6 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     assert result.returncode == 0, result.stderr
     _, before, *_, after = read_metrics(folder)
     assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # half the steps, half the way
-    other = run("--task", "juggle", script=script, PYTHONPATH=str(ROOT))
-    assert other.returncode == 2 and "one of arithmetic, gsm8k, sort, not juggle" in other.stderr
 
 
 @pytest.mark.slow
@@ -1779,7 +1809,7 @@ def test_a_students_module_is_graded_in_place_of_cppo_py(tmp_path):
     student = {**os.environ, "CPPO_MODULE": "mine", "PYTHONPATH": str(tmp_path)}
     graded = subprocess.run(
         [sys.executable, "-m", "pytest", str(ROOT), "-p", "no:cacheprovider",
-         "-k", "advantages and not slow and not graders"],
+         "-k", "advantages and not slow"],
         capture_output=True, text=True, env=student,
     )  # fmt: skip
     (says,) = re.findall(r"AssertionError: (.*?) \.\.\.", readme)
