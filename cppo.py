@@ -130,6 +130,9 @@ class Config:
     warm_start_batch_size: int = flag(32, "demonstrations a step, over all ranks", "[1, inf)")
     warm_start_learning_rate: float | None = flag(None, "their peak rate", "(0, inf)")
     eval_questions: int | None = flag(None, "test on the first so many (default: all)", "[0, inf)")
+    eval_samples: int = flag(1, "completions per test question, to average over", "[1, inf)")
+    eval_temperature: float = flag(0.0, "of their sampling; 0: greedy", "[0, inf)")
+    eval_top_p: float = flag(1.0, "sample them from the likeliest tokens of so much", "(0, 1]")
     eval_every: int = flag(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
     save_every: int = flag(0, "steps between checkpoints; 0: at the end only", "[0, inf)")
@@ -168,6 +171,8 @@ class Config:
                     raise UserError(f"--{name} must be in {interval}, not {value}")
         if self.sample_batch < self.group_size:
             raise UserError(f"--sample_batch must be at least --group_size, {self.group_size}")
+        if self.eval_temperature == 0 and (self.eval_samples > 1 or self.eval_top_p < 1):
+            raise UserError("--eval_samples and --eval_top_p need an --eval_temperature above 0")
         if self.eval_only and self.eval_questions == 0:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
         if self.eval_only and self.benchmark:
@@ -264,15 +269,58 @@ def gsm8k_questions(source: str, split: str) -> list[Question]:
     return questions
 
 
+MATH_SYSTEM_PROMPT = GSM8K_SYSTEM_PROMPT.replace(
+    "provides the user with the answer. ",
+    "provides the user with the answer. And the answer should be of the following format: "
+    "'Therefore, the final answer is: $\\boxed{ANSWER}$. I hope it is correct' (without quotes) "
+    "where ANSWER is just the final number or expression that solves the problem. ",
+)
+
+
+def boxed(text: str) -> str | None:
+    """What the last \\boxed{...} of a LaTeX text holds, braces in pairs; None if there is none."""
+    _, box, rest = text.replace("\\fbox", "\\boxed").rpartition("\\boxed")
+    rest, depth = rest.lstrip() if box else "", 0
+    if not rest.startswith("{"):  # \boxed 5
+        return re.match(r"[^\s$]*", rest)[0] or None
+    for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is no brace
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return rest[1 : match.start()].strip() or None
+    return None
+
+
+def math_questions(source: str, split: str) -> list[Question]:
+    """Questions of a table with `problem`, and `answer` or a `solution` that boxes it, or both."""
+    try:
+        import math_verify  # noqa: F401 - here it is missed before anything has begun
+    except ImportError:
+        raise UserError("--task math needs one more package: pip install math-verify") from None
+    questions = []
+    for i, row in enumerate(load_table(source, split, ("problem|question", "answer|solution")), 1):
+        answer = row.get("answer") or boxed(row["solution"])
+        if not answer:
+            raise UserError(f"--{split}_data {source}: the solution of row {i} has no \\boxed{{}}")
+        said = f"Therefore, the final answer is: $\\boxed{{{answer}}}$. I hope it is correct"
+        demonstration = f"<think>{row.get('solution', '')}</think>\n<answer>{said}</answer>"
+        system = {"role": "system", "content": MATH_SYSTEM_PROMPT}
+        user = {"role": "user", "content": row.get("problem") or row["question"]}
+        questions.append(Question([system, user], answer, demonstration))
+    return questions
+
+
 def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """The columns, as text, of a file or of a data set on the hub; raises UserError."""
+    """The columns, as text, of a file or of a data set on the hub; raises UserError.
+
+    "a|b" asks for one of two columns, or both.
+    """
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
     try:
         if kind := kinds.get(Path(source).suffix):
-            text = {"converters": dict.fromkeys(columns, str)}  # or 3 becomes 3.0 beside a 2.5
+            text = {"converters": dict.fromkeys("|".join(columns).split("|"), str)}  # or 3 is 3.0
             as_text = text if kind == "csv" else {}
             table = datasets.load_dataset(kind, data_files=source, split="train", **as_text)
         else:
@@ -282,15 +330,16 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
         hint = f"give a file that ends in {', '.join(kinds)}, or with network a hub name"
         what = f"--{split}_data {source} is no file that loads; {hint}"
         raise UserError(f"{what}: {error!r}") from error
-    if missing := set(columns) - set(table.column_names):
+    here = [name for name in "|".join(columns).split("|") if name in table.column_names]
+    if missing := [column for column in columns if not {*column.split("|")} & {*here}]:
         raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
     rows = [
-        {column: "" if row[column] is None else str(row[column]).strip() for column in columns}
+        {name: "" if row[name] is None else str(row[name]).strip() for name in here}
         for row in table
     ]
     bad = next((i for i, row in enumerate(rows, 1) if not all(row.values())), None)
     if bad or not rows:
-        what = f"row {bad} lacks one of {columns}" if bad else "there are no rows"
+        what = f"row {bad} lacks one of {here}" if bad else "there are no rows"
         raise UserError(f"--{split}_data {source}: {what}")
     return rows
 
@@ -409,11 +458,21 @@ def trainable(model, gradient_checkpointing: bool):
 
 
 # --- Sampling -------------------------------------------------------------------------------------
-def draw_tokens(logits: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, V) logits -> next tokens (R,) and their log-probabilities (R,); temperature 0: greedy."""
+def draw_tokens(
+    logits: torch.Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, V) logits -> next tokens (R,) and their log-probabilities (R,).
+
+    Temperature 0 is greedy. Of the likeliest tokens, only so many are drawn from as reach `top_p`.
+    """
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits), dtype=torch.float32)  # log 1 = 0
     probs = F.softmax(logits.float() / temperature, dim=-1)  # (R, V)
+    if top_p < 1:
+        ranked, order = probs.sort(dim=-1, descending=True)  # (R, V)
+        likelier = ranked.cumsum(-1) - ranked  # (R, V) what the tokens before it have by themselves
+        probs = probs.scatter(-1, order, ranked * (likelier < top_p))
+        probs = probs / probs.sum(-1, keepdim=True)
     # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
     cdf = probs.cumsum(-1)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand(len(cdf), 1, device=cdf.device) * cdf[:, -1:]  # (R, 1)
@@ -453,8 +512,9 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def sample_together(
-    model, prompts: list[list[int]], group_size: int, max_tokens: int, temperature: float, eos_ids
-) -> list[tuple[list[int], list[float]]]:
+    model, prompts: list[list[int]], group_size: int, max_tokens: int, temperature: float,
+    eos_ids: list[int], top_p: float,
+) -> list[tuple[list[int], list[float]]]:  # fmt: skip
     """What sample_completions does, for as many prompts as fit in memory at once."""
     # Prompts are padded on the left: all end in the last column, where the completions begin.
     L = max(map(len, prompts))
@@ -482,7 +542,7 @@ def sample_together(
     tokens = torch.zeros(len(row_ids), max_tokens, device=model.device).long()  # (Q G, C)
     log_probs = torch.zeros(tokens.shape, device=model.device)  # (Q G, C)
     for t in range(max_tokens):
-        new, new_log_probs = draw_tokens(logits, temperature)
+        new, new_log_probs = draw_tokens(logits, temperature, top_p)
         tokens[row_ids, t], log_probs[row_ids, t] = new, new_log_probs
         done |= torch.isin(new, eos)
         num_done = int(done.sum())
@@ -509,7 +569,7 @@ def sample_together(
 
 def sample_completions(
     model, prompts: list[list[int]], group_size: int, max_tokens: int, temperature: float,
-    eos_ids: list[int], sample_batch: int = 1024,
+    eos_ids: list[int], sample_batch: int = 1024, top_p: float = 1.0,
 ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
 
@@ -523,7 +583,7 @@ def sample_completions(
     for start in tqdm(range(0, len(order), per_call), "sampling", leave=False, disable=hide):
         some = order[start : start + per_call]
         rows = sample_together(
-            model, [prompts[q] for q in some], group_size, max_tokens, temperature, eos_ids
+            model, [prompts[q] for q in some], group_size, max_tokens, temperature, eos_ids, top_p
         )
         groups |= {q: rows[i * group_size : (i + 1) * group_size] for i, q in enumerate(some)}
     return [completion for q in range(len(prompts)) for completion in groups[q]]
@@ -570,6 +630,19 @@ def accuracy_reward(text: str, answer: str) -> float:
     return 1.5 if number is not None and number == parse_number(answer) else 0.0
 
 
+def math_reward(text: str, answer: str) -> float:
+    """2 if the last \\boxed{} is equal to the right one as mathematics (math-verify), else 0."""
+    from math_verify import parse, verify  # of this task alone
+
+    given = boxed(text)
+    if not given:
+        return 0.0  # no answer is never right
+    if given == answer:
+        return 2.0
+    right, said = (parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given))
+    return 2.0 * verify(right, said)
+
+
 # --- Tasks: what there is to learn ----------------------------------------------------------------
 @dataclass
 class Task:
@@ -594,6 +667,14 @@ TASKS = {
         "batch_size": 128, "max_prompt_tokens": 512, "max_completion_tokens": 1024,
         "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
         "sample_batch": 256,
+    }),
+    "math": Task(math_questions, math_reward, {
+        "model": "Qwen/Qwen2.5-7B-Instruct",
+        "train_data": "DigitalLearningGmbH/MATH-lighteval",
+        "test_data": "HuggingFaceH4/MATH-500",
+        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
+        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
+        "sample_batch": 128,
     }),
 }  # fmt: skip
 
@@ -654,14 +735,15 @@ class Completion:
 
 
 def rollout(
-    model, tokenizer, questions: list[Question], group_size: int, temperature: float, config: Config
-) -> list[Completion]:
+    model, tokenizer, questions: list[Question], group_size: int, temperature: float,
+    config: Config, top_p: float = 1.0,
+) -> list[Completion]:  # fmt: skip
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
     eos_ids = [] if config.ignore_eos else eos_token_ids(model, tokenizer)
     accuracy = TASKS[config.task].accuracy
     sampled = sample_completions(
         model, [q.prompt_ids for q in questions], group_size, config.max_completion_tokens,
-        temperature, eos_ids, config.sample_batch,
+        temperature, eos_ids, config.sample_batch, top_p,
     )  # fmt: skip
     texts = tokenizer.batch_decode([ids for ids, _ in sampled], skip_special_tokens=True)
     return [
@@ -1086,10 +1168,14 @@ def warm_start(
 def evaluate(
     model, tokenizer, questions: list[Question], rank: int, world_size: int, config: Config
 ) -> dict:
-    """Greedy pass@1, each question scored once, by one of the ranks and by the reward's parser."""
-    start, mine = time.perf_counter(), questions[rank::world_size]
-    completions = rollout(model, tokenizer, mine, 1, 0.0, config) if mine else []
-    correct = sum(c.right for c in completions)
+    """Share of right completions, greedy ones or the mean of --eval_samples; each question is
+    scored by one of the ranks and by the reward. Leaves the random state of training alone."""
+    start, mine, n = time.perf_counter(), questions[rank::world_size], config.eval_samples
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(config.seed + rank)
+        options = n, config.eval_temperature, config, config.eval_top_p
+        completions = rollout(model, tokenizer, mine, *options) if mine else []
+    correct = sum(c.right for c in completions) / n
     correct, count = sum_over_ranks([correct, len(mine)], model.device)
     return {
         "eval_accuracy": correct / count if count else None,
@@ -1410,7 +1496,9 @@ def evaluate_only(config: Config):
     rank, world_size, device = init_distributed()
     model, tokenizer, _, questions = prepare(config, config.model, world_size, device)
     result = evaluate(copy_for(model, config.dtype), tokenizer, questions, rank, world_size, config)
-    say("accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions".format(**result))
+    each = f", {config.eval_samples} samples each" if config.eval_samples > 1 else ""
+    line = "accuracy   {eval_accuracy:.2%} on {eval_questions:,} test questions"
+    say(line.format(**result) + each)
     close_distributed()
 
 

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -189,6 +190,7 @@ BELOW = {  # every numeric flag, with a number below its interval
         (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
         (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
+        (["--eval_samples", "4"], "--eval_temperature"), (["--eval_top_p", "0"], "--eval_top_p"),
         (["--eval_only", "--benchmark"], "--benchmark"), (["--ignore_eos"], "--ignore_eos"),
         (["--benchmark", "--steps", "0"], "--steps"),
         (["--resume", "perhaps"], "--resume"), (["--seed", "2147483648"], "--seed"),
@@ -382,6 +384,42 @@ def test_a_half_written_parquet_file_and_an_unknown_kind_are_users_mistakes(tmp_
             cppo.gsm8k_questions(str(tmp_path / name), "train")
 
 
+@pytest.fixture
+def math_verify(tmp_path, monkeypatch):
+    """A stand-in for the package, which knows that a half is 0.5; the real one has its own test."""
+    code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/math_verify.py").write_text(code)
+    module = types.ModuleType("math_verify")
+    exec(code, vars(module))
+    monkeypatch.setitem(sys.modules, "math_verify", module)
+    return str(tmp_path / "package")
+
+
+def test_math_questions_take_the_answer_or_what_the_solution_boxes(math_verify, tmp_path):
+    tables = {
+        "both": '{"problem": "a", "solution": "So $\\\\boxed{1}$.", "answer": "1"}',
+        "solution": '{"problem": "a", "solution": "$\\\\boxed{2}, \\\\boxed{\\\\frac{1}{2}}$"}',
+        "answer": '{"question": "a", "answer": 27}',
+    }
+    for name, answer in (("both", "1"), ("solution", "\\frac{1}{2}"), ("answer", "27")):
+        (tmp_path / f"{name}.jsonl").write_text(tables[name] + "\n")
+        (question,) = cppo.math_questions(str(tmp_path / f"{name}.jsonl"), "test")
+        assert question.answer == answer and question.prompt[1]["content"] == "a"
+        assert cppo.boxed(question.demonstration) == answer
+        assert cppo.format_reward(question.demonstration) == 1
+    assert "final answer is: $\\boxed{ANSWER}$. I hope" in question.prompt[0]["content"]
+    (tmp_path / "none.jsonl").write_text('{"problem": "a", "solution": "So it is 1."}\n')
+    with pytest.raises(UserError, match=r"the solution of row 1 has no .boxed"):
+        cppo.math_questions(str(tmp_path / "none.jsonl"), "train")
+
+
+def test_without_math_verify_the_math_task_asks_for_it_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(UserError, match="pip install math-verify"):
+        cppo.math_questions("none.jsonl", "train")
+
+
 def test_messages_go_through_the_chat_template_and_text_does_not():
     _, tokenizer = cppo.tiny_model_and_tokenizer()
     chat = [{"role": "system", "content": "1+"}, {"role": "user", "content": "2"}]
@@ -530,6 +568,18 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
     torch.testing.assert_close(log_probs, (logits / temperature).log_softmax(-1)[tokens])
 
 
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it():
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for top_p, likely in ((0.35, [1]), (0.4, [1]), (0.65, [1, 3]), (0.8, [1, 2, 3])):
+        torch.manual_seed(0)
+        tokens, log_probs = cppo.draw_tokens(logits.expand(4000, -1), 1.0, top_p)
+        assert sorted(set(tokens.tolist())) == likely
+        total = logits[likely].exp().sum()
+        torch.testing.assert_close(log_probs, logits[tokens] - total.log())
+        share = (tokens == 1).float().mean().item()
+        assert share == pytest.approx(0.4 / total.item(), abs=0.04)  # 5 sigma
+
+
 def test_whole_completions_are_drawn_as_often_as_the_model_says():
     # Two tokens after a ragged prompt: 16 sequences that end at the limit or at EOS = 0.
     model, draws = tiny("gpt2", vocabulary=4), 8000
@@ -664,9 +714,42 @@ def test_rewards_of_a_table_of_completions(text, answer, form, accuracy):
     assert (cppo.format_reward(text), cppo.accuracy_reward(text, answer)) == (form, accuracy)
 
 
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"so $\boxed{42}$.", "42"), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed 5$ x", "5"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} }", r"\frac{1}{\sqrt{2}}"), (r"\fbox{ 3 }", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"),
+        (r"\boxed{1", None), ("42", None), ("", None), (r"\boxed{}", None), (r"\boxed", None),
+        (r"\boxed{ }", None), (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}",
+                                r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ],
+)  # fmt: skip
+def test_what_a_box_holds(text, inside):
+    assert cppo.boxed(text) == inside
+
+
+def test_the_math_reward_is_2_for_the_same_number_or_expression_and_0_for_none(math_verify):
+    for text, answer, reward in (
+        (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
+        ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
+    ):  # fmt: skip
+        assert cppo.math_reward(text, answer) == reward
+
+
+def test_the_math_reward_with_the_real_package():
+    pytest.importorskip("math_verify", reason="pip install math-verify")
+    for given, answer, reward in (
+        (r"\frac{1}{2}", "0.5", 2), (r"\dfrac12", r"\frac{1}{2}", 2), ("x^2+x", "x(x+1)", 2),
+        (r"(1, 2)", "(1,2)", 2), (r"\frac{1}{3}", "0.5", 0), ("9^{9^{9^{9}}}", "7", 0),
+    ):  # fmt: skip
+        assert cppo.math_reward(f"$\\boxed{{{given}}}$", answer) == reward, given
+
+
 @grades("answers")
 @pytest.mark.parametrize(
-    "piece", [*cppo.TAGS, "<think></think>\n<answer>", *"<9-$.% ", "1,", ",111", "0."]
+    "piece",
+    [*cppo.TAGS, "<think></think>\n<answer>", *"<9-$.% {}\\", "1,", ",111", "0.", "\\boxed"],
 )
 def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
     # Quadratic time would be 1e12 steps here: this test would not end.
@@ -675,6 +758,7 @@ def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
         cppo.format_reward(text)
         cppo.accuracy_reward(text, "72")
         cppo.accuracy_reward(right_form("72"), text)
+        cppo.boxed(text)
 
 
 def test_rewards_of_a_hundred_thousand_random_texts_are_always_one_of_their_values():
@@ -1405,6 +1489,27 @@ def test_evaluation_scores_every_question_once_however_they_are_batched_and_shar
     assert score["eval_accuracy"] == 24 / 37 and score["eval_questions"] == 37
 
 
+def test_evaluation_averages_over_the_samples_and_leaves_the_random_state_alone(monkeypatch):
+    model, tokenizer = cppo.tiny_model_and_tokenizer()
+    test = cppo.encode_prompts(cppo.arithmetic_questions(None, "test")[:5], tokenizer)
+    seen = []
+
+    def teach(_model, prompts, group_size, *options):
+        seen.append((group_size, options[1], options[-1], torch.rand(1).item()))
+        right = tokenizer("<answer>9</answer>").input_ids
+        return [(right if i % 4 == 0 else [1], [0.0]) for i in range(4 * len(prompts))]
+
+    monkeypatch.setattr(cppo, "sample_completions", teach)
+    for question in test:
+        question.answer = "9"
+    settings = config(eval_samples=4, eval_temperature=0.6, eval_top_p=0.95)
+    before = torch.get_rng_state()
+    scores = [cppo.evaluate(model, tokenizer, test, 0, 1, settings) for _ in range(2)]
+    assert [s["eval_accuracy"] for s in scores] == [0.25, 0.25] and scores[0]["eval_questions"] == 5
+    assert seen[0][:3] == (4, 0.6, 0.95) and seen[0] == seen[1]
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_the_sparkline_shows_the_mean_of_each_share():
     assert cppo.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert cppo.sparkline([0, 0, 7, 7], width=2) == "▁█"
@@ -1746,8 +1851,30 @@ def test_gsm8k_trains_any_model_folder_on_any_file_in_the_models_chat_template(t
 
 
 @pytest.mark.slow
-def test_help_explains_every_flag():
-    text = run("--help").stdout
+def test_the_math_task_trains_and_evaluates_with_samples_from_files(math_verify, tmp_path):
+    file = str(tmp_path / "math.jsonl")
+    rows = [{"problem": f"{i} + 1", "solution": f"It is $\\boxed{{{i + 1}}}$."} for i in range(8)]
+    Path(file).write_text("\n".join(map(json.dumps, rows)))
+    for part in cppo.tiny_model_and_tokenizer():
+        part.save_pretrained(tmp_path / "model")
+    both = dict(task="math", model=str(tmp_path / "model"), test_data=file, eval_samples=4,
+                eval_temperature=0.6, eval_top_p=0.95, max_completion_tokens=8)  # fmt: skip
+    settings = Config(**both, train_data=file, output_dir=str(tmp_path / "run"), batch_size=8,
+                      group_size=4, max_prompt_tokens=999, steps=1)  # fmt: skip
+    cppo.train(settings)
+    before, step, after = read_metrics(tmp_path / "run")
+    assert step["kept"] == 8 and before["eval_questions"] == after["eval_questions"] == 8
+    flags = [x for name, value in both.items() for x in (f"--{name}", value)]
+    alone = run(*flags, "--eval_only", PYTHONPATH=math_verify)
+    assert "accuracy   0.00% on 8 test questions, 4 samples each" in alone.stdout, alone.stderr
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cppo.py", "--help"])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+    with pytest.raises(SystemExit):
+        cppo.main()
+    text = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert f"  --{name}" in text
     for symbol in ("G:", "P:", "N:", "mu:", "eps:", "beta:", "k = floor(G (1 - P))"):
@@ -1877,13 +2004,9 @@ def wait_for_step(process: subprocess.Popen, folder: Path, step: int):
 
 
 @pytest.mark.slow
-def test_the_same_command_gives_the_same_run_bit_for_bit_and_another_seed_does_not(
-    whole_run, tmp_path
-):
+def test_the_same_command_gives_the_same_run_bit_for_bit(whole_run, tmp_path):
     assert run("--output_dir", tmp_path / "a", *RUN, "--save_every", 0).returncode == 0
     assert_equal_runs(whole_run(1), tmp_path / "a")
-    assert run("--output_dir", tmp_path / "b", *RUN, "--steps", 1, "--seed", 1).returncode == 0
-    assert read_metrics(tmp_path / "b")[2]["reward"] != read_metrics(tmp_path / "a")[2]["reward"]
 
 
 @pytest.mark.slow
@@ -1907,7 +2030,7 @@ def begun(file: Path, moment: float) -> bool:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole_run, tmp_path):
     # CPPO_KILLS=50 pytest -k killed_at_random is the long form.
-    kills, seed = int(os.environ.get("CPPO_KILLS", "3")), time.time_ns()
+    kills, seed = int(os.environ.get("CPPO_KILLS", "2")), time.time_ns()
     print("seed", seed)  # shown if it fails
     rng, killed, saving, folder = random.Random(seed), 0, 0, tmp_path / "0"
     new = folder / "checkpoint.new"
@@ -1957,11 +2080,6 @@ def test_sigterm_and_ctrl_c_finish_the_step_and_save_and_the_run_goes_on(whole_r
         assert "Traceback" not in err
     last = run(*never)
     assert last.returncode == 0 and f"goes on after step {done}" in last.stdout, last.stderr
-    assert_equal_runs(whole_run(1), folder)
-    # what may not change between a run and its continuation
-    other = run(*never, "--learning_rate", 1e-3)
-    assert other.returncode == 2 and other.stderr.count("\n") == 1
-    assert "--resume: learning_rate was 0.0002 in that run and is now 0.001" in other.stderr
     assert_equal_runs(whole_run(1), folder)
 
 
@@ -2024,8 +2142,8 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_checkpoint_and_says_so(tmp_path):
-    folder = tmp_path / "run"
-    assert run(*RUN, "--steps", 1, "--output_dir", folder).returncode == 0
+    folder = tmp_path
+    save_tiny(folder / "checkpoint", step=1)
     before = {f: f.read_bytes() for f in (folder / "checkpoint").iterdir()}
     code = (
         "import resource, sys; sys.path.insert(0, {!r}); import cppo;"
