@@ -222,8 +222,22 @@ def test_the_batch_must_be_divisible_by_the_ranks_and_without_refill_by_the_grou
     with pytest.raises(UserError, match="--batch_size 100 must be divisible by 8 ranks"):
         config(batch_size=100).room(world_size=8)
     assert config(batch_size=64, refill=False).room(world_size=2) == 32
-    with pytest.raises(UserError, match="--batch_size 48 must be divisible by 2 ranks x"):
-        config(batch_size=48, refill=False).room(world_size=2)
+    for whole_groups in (dict(refill=False), dict(pruning_rate=0.0)):  # GRPO drops nothing
+        with pytest.raises(UserError, match="--batch_size 48 must be divisible by 2 ranks x"):
+            config(batch_size=48, **whole_groups).room(world_size=2)
+
+
+def test_what_is_due_every_so_many_steps_is_due_at_both_ends_as_well():
+    assert [step for step in range(8) if cppo.due(step, 3, 7)] == [0, 3, 6, 7]
+    assert [step for step in range(8) if cppo.due(step, 0, 7)] == [0, 7]
+
+
+def test_gradient_checkpointing_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model = transformers.Qwen2ForCausalLM
+    monkeypatch.setattr(model, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match="--gradient_checkpointing is not possible"):
+        cppo.train(config(output_dir=str(tmp_path / "run"), gradient_checkpointing=True))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer*", "config.json"])
@@ -398,7 +412,7 @@ def math_verify(tmp_path, monkeypatch):
 
 def test_math_questions_take_the_answer_or_what_the_solution_boxes(math_verify, tmp_path):
     tables = {
-        "both": '{"problem": "a", "solution": "So $\\\\boxed{1}$.", "answer": "1"}',
+        "both": '{"problem": "a", "solution": "So $\\\\boxed{9}$.", "answer": "1"}',
         "solution": '{"problem": "a", "solution": "$\\\\boxed{2}, \\\\boxed{\\\\frac{1}{2}}$"}',
         "answer": '{"question": "a", "answer": 27}',
     }
@@ -1504,10 +1518,14 @@ def test_evaluation_averages_over_the_samples_and_leaves_the_random_state_alone(
         question.answer = "9"
     settings = config(eval_samples=4, eval_temperature=0.6, eval_top_p=0.95)
     before = torch.get_rng_state()
-    scores = [cppo.evaluate(model, tokenizer, test, 0, 1, settings) for _ in range(2)]
+    scores = []
+    for _ in range(2):
+        scores.append(cppo.evaluate(model, tokenizer, test, 0, 1, settings))
+        assert torch.equal(before, torch.get_rng_state())
+        before = (torch.rand(1), torch.get_rng_state())[1]  # training goes on
     assert [s["eval_accuracy"] for s in scores] == [0.25, 0.25] and scores[0]["eval_questions"] == 5
-    assert seen[0][:3] == (4, 0.6, 0.95) and seen[0] == seen[1]
-    assert torch.equal(before, torch.get_rng_state())
+    assert seen[0][:3] == (4, 0.6, 0.95)
+    assert seen[0] == seen[1]  # the same numbers each time
 
 
 def test_the_sparkline_shows_the_mean_of_each_share():
@@ -1924,7 +1942,9 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     arguments = "--task", "sort", "--steps", 12, "--output_dir", folder
     result = run(*arguments, script=script, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
-    _, before, *_, after = read_metrics(folder)
+    _, before, *steps, after = read_metrics(folder)
+    assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
+    assert all(step["reward"] > step["format"] + 2 * step["accuracy"] for step in steps)  # it pays
     assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # half the steps, half the way
 
 
