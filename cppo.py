@@ -105,7 +105,7 @@ class Config:
     prune_by: Literal["abs_advantage", "advantage", "random", "smallest"] = flag(
         "abs_advantage", "keep the largest |A|, the largest A, any, or the smallest |A|"
     )
-    refill: bool = flag(True, "fill the room that pruning frees from new questions")
+    refill: bool = flag(True, "fill the batch from new questions; else train k of N / G ones")
     max_refill_rounds: int = flag(4, "rounds of sampling a step, if gamma leaves room", "[1, inf)")
     num_iterations: int = flag(2, "mu: optimizer steps on each batch", "[1, inf)")
     clip_eps: float = flag(0.2, "eps: the ratio is clipped to [1 - eps, 1 + eps]", "(0, 1)")
@@ -169,8 +169,8 @@ class Config:
                 below = value <= high if interval[-1] == "]" else value < high
                 if not (above and below):
                     raise UserError(f"--{name} must be in {interval}, not {value}")
-        if self.sample_batch < self.group_size:
-            raise UserError(f"--sample_batch must be at least --group_size, {self.group_size}")
+        if self.sample_batch < max(self.group_size, self.eval_samples):
+            raise UserError("--sample_batch must be at least --group_size and --eval_samples")
         if self.eval_temperature == 0 and (self.eval_samples > 1 or self.eval_top_p < 1):
             raise UserError("--eval_samples and --eval_top_p need an --eval_temperature above 0")
         if self.eval_only and self.eval_questions == 0:
@@ -234,6 +234,7 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
     rng.shuffle(sums)
 
     def question(a: int, b: int) -> Question:
+        """a + b, with what the teacher says to it."""
         units = a % 10 + b % 10
         carry = units >= 10 and rng.random() < 0.3
         tens = a // 10 + b // 10
@@ -298,7 +299,7 @@ def math_questions(source: str, split: str) -> list[Question]:
         raise UserError("--task math needs one more package: pip install math-verify") from None
     questions = []
     for i, row in enumerate(load_table(source, split, ("problem|question", "answer|solution")), 1):
-        answer = row.get("answer") or boxed(row["solution"])
+        answer = row.get("answer") or boxed(row.get("solution", ""))
         if not answer:
             raise UserError(f"--{split}_data {source}: the solution of row {i} has no \\boxed{{}}")
         said = f"Therefore, the final answer is: $\\boxed{{{answer}}}$. I hope it is correct"
@@ -317,10 +318,11 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
+    names = "|".join(columns).split("|")
     kinds = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
     try:
         if kind := kinds.get(Path(source).suffix):
-            text = {"converters": dict.fromkeys("|".join(columns).split("|"), str)}  # or 3 is 3.0
+            text = {"converters": dict.fromkeys(names, str)}  # or 3 becomes 3.0 beside a 2.5
             as_text = text if kind == "csv" else {}
             table = datasets.load_dataset(kind, data_files=source, split="train", **as_text)
         else:
@@ -330,16 +332,17 @@ def load_table(source: str, split: str, columns: tuple[str, ...]) -> list[dict[s
         hint = f"give a file that ends in {', '.join(kinds)}, or with network a hub name"
         what = f"--{split}_data {source} is no file that loads; {hint}"
         raise UserError(f"{what}: {error!r}") from error
-    here = [name for name in "|".join(columns).split("|") if name in table.column_names]
+    here = [name for name in names if name in table.column_names]
     if missing := [column for column in columns if not {*column.split("|")} & {*here}]:
         raise UserError(f"--{split}_data {source} has {table.column_names} but not {missing}")
     rows = [
         {name: "" if row[name] is None else str(row[name]).strip() for name in here}
         for row in table
     ]
-    bad = next((i for i, row in enumerate(rows, 1) if not all(row.values())), None)
-    if bad or not rows:
-        what = f"row {bad} lacks one of {here}" if bad else "there are no rows"
+    needs = [column.split("|") for column in columns]  # one of each must not be empty
+    whole = [all(any(row.get(name) for name in either) for either in needs) for row in rows]
+    if not rows or not all(whole):
+        what = f"row {whole.index(False) + 1} lacks one of {columns}" if rows else "it has no rows"
         raise UserError(f"--{split}_data {source}: {what}")
     return rows
 
@@ -655,6 +658,10 @@ class Task:
     defaults: dict  # of the flags that are None if unset
 
 
+PAPERS_RECIPE = {
+    "batch_size": 128, "max_prompt_tokens": 512, "max_completion_tokens": 1024,
+    "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
+}  # fmt: skip
 TASKS = {
     "arithmetic": Task(arithmetic_questions, accuracy_reward, {
         "steps": 60, "batch_size": 16, "max_prompt_tokens": 16, "max_completion_tokens": 32,
@@ -664,17 +671,13 @@ TASKS = {
     "gsm8k": Task(gsm8k_questions, accuracy_reward, {
         "model": "Qwen/Qwen2.5-1.5B-Instruct",
         "train_data": "openai/gsm8k", "test_data": "openai/gsm8k",
-        "batch_size": 128, "max_prompt_tokens": 512, "max_completion_tokens": 1024,
-        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
-        "sample_batch": 256,
+        "sample_batch": 256, **PAPERS_RECIPE,
     }),
     "math": Task(math_questions, math_reward, {
         "model": "Qwen/Qwen2.5-7B-Instruct",
         "train_data": "DigitalLearningGmbH/MATH-lighteval",
         "test_data": "HuggingFaceH4/MATH-500",
-        "max_prompt_tokens": 512, "max_completion_tokens": 1024,
-        "learning_rate": 1e-6, "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
-        "sample_batch": 128,
+        "sample_batch": 128, **PAPERS_RECIPE,
     }),
 }  # fmt: skip
 
@@ -1083,6 +1086,7 @@ def train_step(learner: Learner, room: int, config: Config) -> dict:
     start = time.perf_counter()
 
     def draw(questions: list[Question]) -> list[Completion]:
+        """G scored completions each, by the sampler as it is now."""
         sampler, tokenizer = learner.sampler, learner.tokenizer
         return rollout(sampler, tokenizer, questions, config.group_size, config.temperature, config)
 
@@ -1145,6 +1149,7 @@ def warm_start(
     optimizer, scheduler = make_optimizer(policy, learning_rate, steps, config.warmup_ratio)
 
     def forward(batch: Batch) -> torch.Tensor:
+        """The cross-entropy of the micro-batch's completion tokens, summed."""
         with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             return -token_log_probs(policy, batch, temperature=1.0).sum()
 
@@ -1173,8 +1178,9 @@ def evaluate(
     start, mine, n = time.perf_counter(), questions[rank::world_size], config.eval_samples
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(config.seed + rank)
-        options = n, config.eval_temperature, config, config.eval_top_p
-        completions = rollout(model, tokenizer, mine, *options) if mine else []
+        completions = mine and rollout(
+            model, tokenizer, mine, n, config.eval_temperature, config, config.eval_top_p
+        )
     correct = sum(c.right for c in completions) / n
     correct, count = sum_over_ranks([correct, len(mine)], model.device)
     return {
@@ -1348,6 +1354,8 @@ def prepare(config: Config, model_name: str | None, world_size: int, device):
         left_out = f", {too_long:,} with prompts over --max_prompt_tokens left out"
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError("--gradient_checkpointing is not possible with this --model")
+    if config.warm_start_steps and not all(q.demonstration for q in questions):
+        raise UserError("--warm_start_steps must be 0: there are questions without demonstration")
     if len(questions) < world_size and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few{left_out}")
     say(
@@ -1419,6 +1427,7 @@ def catch_signals() -> list[int]:
     caught: list[int] = []
 
     def catch(number: int, _frame):
+        """The handler of both signals."""
         caught.append(number)
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -1455,6 +1464,7 @@ def train(config: Config):
     asked = sum(then["asked"] for then in state.get("ranks", []))  # questions, by all ranks
 
     def test(step: int):
+        """Evaluates and logs the sampler after this step."""
         score = evaluate(learner.sampler, tokenizer, test_questions, rank, world_size, config)
         log(folder, {"step": step, **score})
 
@@ -1578,7 +1588,8 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def refuse(message: str):  # argparse would print a page
+    def refuse(message: str):
+        """What the parser finds wrong, in one line; argparse would print a page."""
         raise UserError(f"{message} (see --help)")
 
     parser.error = refuse
