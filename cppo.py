@@ -61,7 +61,10 @@ from tqdm import tqdm
 
 MAX_REFILL_ROUNDS = 4  # of sampling in a step: where gamma leaves room in the batch
 WARM_START_BATCH = 32  # demonstrations a step, by all ranks
-SHOWN = ("step", "reward", "accuracy", "completion_tokens", "dead_groups", "kl", "step_seconds")
+SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
+MAY_CHANGE = {  # from a run to its continuation; the last two change numbers by rounding and chance
+    "output_dir", "resume", "save_every", "eval_every", "tokens_per_microbatch", "sample_batch",
+}  # fmt: skip
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one process that writes and prints
 
 
@@ -92,8 +95,10 @@ class Config:
 
     task: str = flag("auto", "one of TASKS; auto: gsm8k with CUDA or data files, else arithmetic")
     model: str | None = flag(None, "hub name or folder of a causal language model")
-    train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub name")
-    test_data: str | None = flag(None, "the same, to evaluate on")
+    train_data: str | None = flag(
+        None, "parquet, json, jsonl or csv file, or NAME[:SUBSET] on the hub"
+    )
+    test_data: str | None = flag(None, "the same, to evaluate on; unset: the task's own")
     output_dir: str | None = flag(None, "folder to write to; unset: runs/TASK")
     steps: int | None = flag(None, "training steps; unset: by task, or an epoch", "[0, inf)")
     batch_size: int | None = flag(None, "N: completions trained a step, by all ranks", "[1, inf)")
@@ -111,8 +116,8 @@ class Config:
     warmup_ratio: float = flag(0.1, "share of the steps in which the rate rises", "[0, 1)")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "[1e-12, inf)")
     temperature: float = flag(1.0, "of sampling, and of every log-probability", "[0.01, inf)")
-    max_prompt_tokens: int | None = flag(None, "L: longer prompts are not trained on", "[1, inf)")
-    max_completion_tokens: int | None = flag(None, "C: longer completions are cut", "[1, inf)")
+    max_prompt_tokens: int | None = flag(None, "longer prompts are not trained on", "[1, inf)")
+    max_completion_tokens: int | None = flag(None, "longer completions are cut", "[1, inf)")
     tokens_per_microbatch: int | None = flag(None, "N x T of a forward pass, at most", "[1, inf)")
     sample_batch: int = flag(1024, "completions sampled at once, at most", "[2, inf)")
     dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of compute; auto: by hardware")
@@ -149,9 +154,9 @@ class Config:
         if self.eval_only and self.eval_questions == 0:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
         whole_groups = not self.refill or self.num_kept == self.group_size  # as GRPO asks them
-        parts = int(os.environ.get("WORLD_SIZE", 1)) * (self.group_size if whole_groups else 1)
-        if self.batch_size % parts:
-            what = f"{parts}, ranks{' x --group_size' if whole_groups else ''}"
+        divisor = int(os.environ.get("WORLD_SIZE", 1)) * (self.group_size if whole_groups else 1)
+        if self.batch_size % divisor:
+            what = f"{divisor}, ranks{' x --group_size' if whole_groups else ''}"
             raise UserError(f"--batch_size {self.batch_size} must be divisible by {what}")
 
     @property
@@ -188,8 +193,9 @@ class Completion:
         """r_i, 0 to 3"""
         return self.format_reward + self.accuracy_reward
 
-    def __len__(self) -> int:
-        """Tokens of prompt and completion."""
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and completion."""
         return len(self.prompt_ids) + len(self.token_ids)
 
 
@@ -238,11 +244,10 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
             cache.reorder_cache(chosen)
             logits, attention_mask = logits[chosen], attention_mask[chosen]
         tokens, log_probs = sample_tokens(logits, temperature, top_p)  # (R,), (R,)
-        new = zip(running, tokens.tolist(), log_probs.tolist(), strict=True)
-        for (ids, lps), token, log_prob in new:
+        for (ids, lps), token, lp in zip(running, tokens.tolist(), log_probs.tolist(), strict=True):
             if not ids or ids[-1] not in eos_ids:  # else it has ended, but still has a row
                 ids.append(token)
-                lps.append(log_prob)
+                lps.append(lp)
         unfinished = [row for row, (ids, _) in enumerate(running) if ids[-1] not in eos_ids]
         if not unfinished:
             break
@@ -288,9 +293,9 @@ def same_number(given: str, answer: str) -> bool:
     return a == b
 
 
-def accuracy_reward(text, answer, extract=extract_answer, same=same_number, nearly=1.5) -> float:
+def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) -> float:
     """2 if the text's answer is the right one to the letter, 1.5 if only as a number, else 0."""
-    given = extract(text)
+    given = (extract or extract_answer)(text)
     if not given:
         return 0.0  # no answer is never right
     if given == answer:
@@ -302,18 +307,17 @@ def rollout(model, tokenizer, config, group_size, temperature, top_p, questions)
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
     eos_ids, limit = model.generation_config.eos_token_id, config.max_completion_tokens
     at_once = config.sample_batch // group_size  # questions whose completions fit in memory
-    parts = [questions[i : i + at_once] for i in range(0, len(questions), at_once)]
-    hide = len(parts) < 2 or not IS_FIRST_RANK
+    chunks = [questions[i : i + at_once] for i in range(0, len(questions), at_once)]
+    hide = len(chunks) < 2 or not IS_FIRST_RANK
     completions = []
-    for part in tqdm(parts, "sampling", leave=False, disable=hide):
-        prompts = [question.prompt_ids for question in part]
+    for chunk in tqdm(chunks, "sampling", leave=False, disable=hide):
+        prompts = [question.prompt_ids for question in chunk]
         sampled = sample_completions(model, prompts, group_size, limit, temperature, eos_ids, top_p)
         for i, (token_ids, log_probs) in enumerate(sampled):
-            question, truncated = part[i // group_size], token_ids[-1] not in eos_ids
-            text = tokenizer.decode(token_ids, skip_special_tokens=True)
-            rewards = format_reward(text), TASKS[config.task].answer_reward(text, question.answer)
-            c = Completion(question.prompt_ids, token_ids, log_probs, truncated, *rewards)
-            completions.append(c)
+            q, text = chunk[i // group_size], tokenizer.decode(token_ids, skip_special_tokens=True)
+            truncated = token_ids[-1] not in eos_ids
+            rewards = format_reward(text), TASKS[config.task].answer_reward(text, q.answer)
+            completions.append(Completion(q.prompt_ids, token_ids, log_probs, truncated, *rewards))
     return completions
 
 
@@ -327,27 +331,27 @@ def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
     """True for the completions to train on (eq. 2): (Q, G) bool.
 
-    Of each question, the k that are best by `by`, ties to the lowest index, if |A| >= gamma.
-    """
-    size_QG = advantages_QG.abs()
+    Of each question, the k that are best by `by`, ties to the lowest index, if |A| >= gamma. So
+    with gamma 0 all k stay, also where a question's rewards are equal and every A is 0."""
+    abs_QG = advantages_QG.abs()
     score_QG = {
-        "abs_advantage": size_QG, "advantage": advantages_QG, "smallest": -size_QG,
-        "random": torch.rand_like(size_QG) if by == "random" else None,
+        "abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG,
+        "random": torch.rand_like(abs_QG) if by == "random" else None,
     }[by]  # fmt: skip
     # stable: topk would leave it open which of equal ones come first
     order = score_QG.sort(dim=1, descending=True, stable=True).indices  # (Q, G)
     best_QG = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_kept], True)
-    return best_QG & (size_QG >= gamma)
+    return best_QG & (abs_QG >= gamma)
 
 
-# --- Refill: from questions to the rows of one step -----------------------------------------------
+# --- Refill: the paper's dynamic completion allocation --------------------------------------------
 def collect_batch(draw, stream: Iterator[Question], room: int, config: Config):
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
     `draw(questions)` gives Q G scored completions; `room` is the number of rows that this rank
-    trains in a step. Returns the kept, at most so many; all that were sampled; and the rounds.
-    As a question keeps k, one round with all that fit is enough. Only with gamma > 0 may it keep
-    fewer: then the loop goes round again, MAX_REFILL_ROUNDS times at most."""
+    trains in a step. Returns the kept ones (at most `room`), all sampled ones, and the rounds.
+    As each question keeps k, a single round asks all the questions that it takes. Only if gamma
+    drops some is there room left for another round, of MAX_REFILL_ROUNDS at most."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while len(kept) < room and rounds < (MAX_REFILL_ROUNDS if config.refill else 1):
@@ -373,7 +377,7 @@ def collect_batch(draw, stream: Iterator[Question], room: int, config: Config):
 # --- Log-probabilities ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """N rows: prompt, completion, padding on the right, where a causal model never looks.
+    """N rows: prompt, completion, padding on the right, which no token before it attends to.
 
     A row with the prompt p q and the completion a b, padded to T = 5 and C = 3:
 
@@ -392,27 +396,27 @@ class Batch:
 
 
 def make_batch(rows: list[Completion], device="cpu") -> Batch:
-    """Pads N rows to the longest. Padding is told by its position, not by a token id of its own:
-    that would often be an EOS as well, and then no EOS would ever be trained."""
+    """Pads N rows to the longest. The masks come from lengths, not from a padding token: its id is
+    often that of EOS as well, and then no EOS would ever be trained."""
     prompt_length = torch.tensor([[len(r.prompt_ids)] for r in rows])  # (N, 1)
     length = torch.tensor([[len(r.token_ids)] for r in rows])  # (N, 1)  |o_i|
-    T, C = max(map(len, rows)), int(length.max())
+    T, C = max(r.num_tokens for r in rows), int(length.max())
     input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (N, T)
-    next_token = torch.arange(T) + 1 - prompt_length  # (N, T) its place in the completion, from 0
-    predicts = (next_token >= 0) & (next_token < length)
+    target = torch.arange(T) + 1 - prompt_length  # (N, T) index of the next token in the completion
+    predicts = (target >= 0) & (target < length)  # (N, T)
     mask = torch.arange(C) < length  # (N, C)
     advantages = torch.tensor([r.advantage for r in rows])  # (N,)
     sampled_log_probs = torch.tensor([(r.log_probs + [0.0] * C)[:C] for r in rows])  # (N, C)
-    parts = (input_ids, predicts, mask, advantages, sampled_log_probs)
-    return Batch(*(x.to(device) for x in parts))
+    tensors = (input_ids, predicts, mask, advantages, sampled_log_probs)
+    return Batch(*(x.to(device) for x in tensors))
 
 
 def pack(rows: list[Completion], tokens_per_microbatch: int) -> list[list[Completion]]:
     """Splits rows, all of them, into micro-batches of at most so many tokens, padding included:
     longest first, so that little is padding. A row that is longer than the limit goes alone."""
     packs: list[list[Completion]] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if packs and (len(packs[-1]) + 1) * len(packs[-1][0]) <= tokens_per_microbatch:
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+        if packs and (len(packs[-1]) + 1) * packs[-1][0].num_tokens <= tokens_per_microbatch:
             packs[-1].append(row)
         else:
             packs.append([row])
@@ -437,10 +441,11 @@ def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
-    """Eq. 5 without 1/N sum_i: a loss for each completion, (N,). The caller owns the denominator.
+    """Eq. 5 without 1/N sum_i, which is update's: a loss for each completion, (N,).
 
-    Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too: means over
-    a completion's tokens of `kl` (eq. 4) and of whether the clip stops the pull of A."""
+    Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
+    a completion's tokens: `kl` (eq. 4), and `clip_fraction`, of tokens whose gradient (but for that
+    of the KL term) is 0, for the clip takes effect."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (N, C)
@@ -455,23 +460,22 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
 
 
 # --- Update ---------------------------------------------------------------------------------------
-def update(policy, reference, optimizer, scheduler, rows, config, world_size=1):
+def update(policy, reference, optimizer, scheduler, rows, config, world_size=1) -> dict:
     """mu optimizer steps on eq. 5, over the rows of all ranks, N together.
 
     Returns sums over this rank's rows of means over their tokens: `loss`, `kl`, `clip_fraction`,
-    means over the mu steps, and `sampling_gap`, |log pi_sampler - log pi_theta| before the first,
-    0 but for rounding, or the sampler is wrong; and the gradient's norm, a mean over the mu steps.
+    `grad_norm` (which is one for all), each a mean over the mu steps, and `sampling_gap`, before
+    the first, |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong.
     Raises FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
     device, mu = next(policy.parameters()).device, config.num_iterations
-    N = sum_over_ranks({"rows": len(rows)}, device)["rows"]
+    N = sum_over_ranks({"rows": len(rows)})["rows"]
     # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     batches = [make_batch(part, device) for part in pack(rows, config.tokens_per_microbatch)]
-    if config.beta > 0:
+    for batch in batches if config.beta > 0 else []:
         with torch.no_grad():
-            for batch in batches:
-                batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
-    sums, grad_norm = dict.fromkeys(("loss", "kl", "clip_fraction", "sampling_gap"), 0.0), 0.0
+            batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "grad_norm", "sampling_gap"), 0.0)
     for iteration in range(mu):
         for batch in batches:
             # With DDP, ranks exchange gradients once: in the backward pass of their last batch.
@@ -498,13 +502,14 @@ def update(policy, reference, optimizer, scheduler, rows, config, world_size=1):
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite")
-        grad_norm += norm / mu
-        if N:  # else there is no gradient, and AdamW's momentum alone would move the weights
-            optimizer.step()
+        sums["grad_norm"] += norm * len(rows) / mu
+        if not N:  # zeros would let AdamW's momentum move the weights; no gradients do not
+            optimizer.zero_grad()
+        optimizer.step()
         scheduler.step()
-        # Zeros, not None: DDP would let go of its buckets, and hold the gradients twice.
-        optimizer.zero_grad(set_to_none=False)
-    return sums, grad_norm
+        # With DDP zeros, not None: it would let go of its buckets, and hold the gradients twice.
+        optimizer.zero_grad(set_to_none=world_size == 1)
+    return sums
 
 
 # === Part 2: the program ==========================================================================
@@ -514,7 +519,7 @@ class Task:
 
     questions: Callable[[str | None, str], list[Question]]  # (--train_data, "train"), or of test
     answer_reward: Callable[[str, str], float]  # (completion, answer) -> 0 to 2, right from 1.5 on
-    defaults: dict  # of the flags that are None if unset
+    defaults: dict  # of the flags without one: batch_size, learning_rate and so on, as in TASKS
 
 
 def arithmetic_questions(source: None, split: str) -> list[Question]:
@@ -548,26 +553,22 @@ def table_questions(system: str, form: str, source: str, split: str) -> list[Que
     datasets.disable_progress_bars()
     columns, questions = ("question", "problem", "answer", "solution"), []
     kind = Path(source).suffix[1:].replace("jsonl", "json")
-    with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or a hub name"):
-        if kind in ("parquet", "json", "csv"):
-            # csv as text, or beside a 2.5 a 3 becomes 3.0
+    with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
+        if kind in ("parquet", "json", "csv"):  # csv as text, or beside a 2.5 a 3 becomes 3.0
             options = {"converters": dict.fromkeys(columns, str)} if kind == "csv" else {}
             table = datasets.load_dataset(kind, data_files=source, split="train", **options)
         else:
             table = datasets.load_dataset(*source.split(":"), split=split)  # name:subset
         for i, row in enumerate(table, 1):
             cell = {n: "" if row.get(n) is None else str(row[n]).strip() for n in columns}
-            solution, marks, final = (cell["solution"] or cell["answer"]).rpartition("####")
-            if cell["solution"] and not marks:
-                solution, final = final, boxed(final)
-            text = cell["question"] or cell["problem"]
-            answer = cell["answer"] if cell["solution"] and cell["answer"] else final
+            text, whole = cell["question"] or cell["problem"], cell["solution"] or cell["answer"]
+            think, marks, final = whole.rpartition("####")  # no marks: all of it is `final`
+            if not marks and (cell["solution"] or boxed(whole)):
+                think, final = whole, boxed(whole)
+            answer = (cell["solution"] and cell["answer"]) or (final or "").strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
-            answer = answer.strip()
-            think = re.sub(
-                r"<<[^<>\n]*>>", "", solution
-            ).strip()  # calculator marks: 2+2=<<2+2=4>>4
+            think = re.sub(r"<<[^<>\n]*>>", "", think).strip()  # calculator marks: 2+2=<<2+2=4>>4
             demonstration = f"<think>{think}</think>\n<answer>{form.format(answer)}</answer>"
             prompt = [{"role": "system", "content": system}, {"role": "user", "content": text}]
             questions.append(Question(prompt, answer, demonstration))
@@ -631,7 +632,7 @@ TASKS = {
 
 
 def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
-    """(train, test) of the configured task, of each what will be asked."""
+    """The task's questions, to train on and, the first --eval_questions of them, to test."""
     task, count = TASKS[config.task], config.eval_questions
     train = [] if config.eval_only else task.questions(config.train_data, "train")
     return train, [] if count == 0 else task.questions(config.test_data, "test")[:count]
@@ -706,14 +707,14 @@ def copy_for(model, dtype: str):
 
 @torch.no_grad()
 def refresh(sampler, model):
-    """Gives the sampler the model's weights, rounded to the dtype of compute."""
+    """Gives the sampler the model's weights, rounded to its dtype. (In float32 they are one.)"""
     for old, new in zip(sampler.parameters(), model.parameters(), strict=True):
         old.copy_(new)
 
 
 def make_optimizer(policy, learning_rate: float, num_updates: int, config: Config):
-    """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: with a warm-up
-    from 0, so that the very first optimizer step moves nothing, and back to 0 after the last."""
+    """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
+    the last step, and with a warm-up from 0, so that the very first step moves nothing."""
     optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
     warmup = math.ceil(num_updates * config.warmup_ratio)
     return optimizer, transformers.get_scheduler("cosine", optimizer, warmup, num_updates)
@@ -727,8 +728,9 @@ def init_distributed() -> tuple[int, int, torch.device]:
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
-        with blame(f"--nproc_per_node {local_ranks} is more than the GPUs here"):
-            torch.cuda.set_device(device)
+        if local_ranks > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here")
+        torch.cuda.set_device(device)
         # cuDNN plans anew for every length of the cache, and may sample wrongly (PyTorch 193893).
         torch.backends.cuda.enable_cudnn_sdp(False)
     elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
@@ -745,10 +747,11 @@ def say(text: str):
         tqdm.write(text)
 
 
-def sum_over_ranks(values: dict[str, float], device) -> dict[str, float]:
+def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each number added up over all ranks."""
     if not dist.is_initialized():
         return values
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor([*values.values()], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist(), strict=True))
@@ -759,7 +762,7 @@ def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, wo
     """Imitates demonstrations: eq. 5 with A = 1, beta = 0 and one optimizer step a batch, where rho
     is 1. The gradient is that of their log-likelihood, a mean over tokens, then completions."""
     start, steps = time.perf_counter(), config.warm_start_steps
-    trainer = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
+    optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
     imitation = replace(config, beta=0.0, num_iterations=1)
     for _ in tqdm(range(steps), "warm start", leave=False, disable=not IS_FIRST_RANK):
         rows = []
@@ -768,7 +771,7 @@ def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, wo
             token_ids.append(tokenizer.eos_token_id)
             rows.append(Completion(question.prompt_ids, token_ids, advantage=1.0))
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
-            update(policy, None, *trainer, rows, imitation, world_size)
+            update(policy, None, optimizer, scheduler, rows, imitation, world_size)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
@@ -776,26 +779,24 @@ def evaluate(tokenizer, questions, rank, world_size, config, model) -> dict:
     """Share of right completions, greedy ones or the mean of --eval_samples, sampled as the paper
     does for AMC and AIME; each question is scored by one of the ranks, and by the reward."""
     start, n, count = time.perf_counter(), config.eval_samples, len(questions)
-    torch.manual_seed(hash((config.seed, rank)))  # each evaluation draws the same numbers
+    torch.manual_seed(hash((config.seed, rank)))  # the same numbers for each evaluation
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)
-    mine = questions[rank::world_size]
-    completions = rollout(model, tokenizer, config, n, temperature, top_p, mine)
-    right = sum(c.accuracy_reward >= 1.5 for c in completions) / n
-    accuracy = sum_over_ranks({"right": right}, model.device)["right"] / count
+    mine = rollout(model, tokenizer, config, n, temperature, top_p, questions[rank::world_size])
+    right = sum(c.accuracy_reward >= 1.5 for c in mine) / n
+    accuracy = sum_over_ranks({"right": right})["right"] / count
     say(f"cppo: {accuracy:.1%} of {count:,} test questions right")
     seconds = time.perf_counter() - start
     return {"eval_accuracy": accuracy, "eval_questions": count, "eval_seconds": seconds}
 
 
 # --- What a run writes ----------------------------------------------------------------------------
-def step_metrics(kept, sampled, rounds, sums, grad_norm, times, config, device) -> dict:
-    """A step's counts, over all ranks, and averages, null where they are over nothing. `sums` are
-    over this rank's kept completions, `times` the clock before and after sampling and training."""
+def step_metrics(kept, sampled, rounds, sums, times, config) -> dict:
+    """A step's counts over all ranks, and averages, None if nothing was kept. `sums` are over this
+    rank's kept completions, `times` the clock before sampling, after it, and after training."""
     groups = [sampled[i : i + config.group_size] for i in range(0, len(sampled), config.group_size)]
     counts = {
         "questions": len(groups), "sampled": len(sampled), "kept": len(kept),
-        # of the k of each question: |A| was below gamma, or there was no room
-        "dropped": len(groups) * config.num_kept - len(kept),
+        "dropped": len(groups) * config.num_kept - len(kept),  # below gamma, or without room
         "dead_groups": sum(len({c.reward for c in group}) == 1 for group in groups),
         "refill_rounds": rounds, "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
@@ -807,18 +808,17 @@ def step_metrics(kept, sampled, rounds, sums, grad_norm, times, config, device) 
         "completion_tokens": counts["sampled_tokens"],
     }  # fmt: skip
     over_kept = {"abs_advantage_kept": sum(abs(c.advantage) for c in kept), **sums}
-    total = sum_over_ranks({**counts, **over_sampled, **over_kept}, device)
-    start, middle, end = times
+    total = sum_over_ranks({**counts, **over_sampled, **over_kept})
     return {
         **{name: int(total[name]) for name in counts},
         **{name: total[name] / total["sampled"] for name in over_sampled},
         **{name: total[name] / total["kept"] if total["kept"] else None for name in over_kept},
-        "grad_norm": grad_norm, "sample_seconds": middle - start, "train_seconds": end - middle,
-        "step_seconds": end - start,
+        "sample_seconds": times[1] - times[0], "train_seconds": times[2] - times[1],
+        "step_seconds": times[2] - times[0],
     }  # fmt: skip
 
 
-def log(folder: Path, record: dict):
+def append_metrics(folder: Path, record: dict):
     """Appends a line to metrics.jsonl, on the first rank."""
     if IS_FIRST_RANK:
         with open(folder / "metrics.jsonl", "a") as file:
@@ -828,32 +828,33 @@ def log(folder: Path, record: dict):
 def summary(folder: Path) -> str:
     """What the run in `folder` has paid, from its metrics.jsonl."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    steps = [record for record in records if "questions" in record]
-    asked, seconds = (sum(m[name] for m in steps) for name in ("questions", "step_seconds"))
+    steps_only = [record for record in records if "questions" in record]
+    asked, seconds = (sum(m[name] for m in steps_only) for name in ("questions", "step_seconds"))
     return f"cppo: {asked:,} questions, {seconds / max(1, asked):.3g} seconds each, in {folder}"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoints, oldest first. Each is whole: it was renamed from .tmp when it was."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name[11:]))
+    """The run's checkpoints, oldest first. They are written as .tmp and renamed when complete."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def save_checkpoint(folder: Path, model, tokenizer, state: dict):
     """Writes checkpoint-STEP, then deletes all but the newest two and checkpoint-0, pi_ref. Crash
     at any moment, or fill the disk: those before it stay whole. Raises UserError."""
     path = folder / f"checkpoint-{state['step']}"
-    new = path.with_suffix(".tmp")
+    unfinished = path.with_suffix(".tmp")
     with blame(f"{path} cannot be written, those before it stay"):
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        torch.save(state, new / "trainer_state.pt")
-        shutil.copy(folder / "metrics.jsonl", new)  # all that is logged up to this step
-        for file in filter(Path.is_file, new.rglob("*")):  # on the disk: power may fail
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        torch.save(state, unfinished / "trainer_state.pt")
+        shutil.copy(folder / "metrics.jsonl", unfinished)  # all that is logged up to this step
+        for file in filter(Path.is_file, unfinished.rglob("*")):  # on the disk: power may fail
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
-        new.rename(path)
-        for old in find_checkpoints(folder)[1:-2]:
-            shutil.rmtree(old)
+        unfinished.rename(path)
+    for old in find_checkpoints(folder)[1:-2]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(folder: Path, config: Config, world_size: int) -> dict:
@@ -866,29 +867,30 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
         state = torch.load(path / "trainer_state.pt", "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
     for name, now in (asdict(config) | {"ranks": world_size}).items():
-        may_change = name in ("output_dir", "resume", "save_every", "eval_every")
-        if not may_change and before.get(name) != now:
+        if name not in MAY_CHANGE and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
     return state | {"path": path}
 
 
 # --- A run ----------------------------------------------------------------------------------------
 def set_up(config: Config) -> tuple:
-    """Ranks, checkpoint, model, questions. What can be refused is, before anything is written."""
+    """Ranks, checkpoint, model, questions. All checks come before the first write."""
     folder = Path(config.output_dir)
-    # Before the ranks meet: soon after, the first of them writes to the folder.
-    its_own = config.resume and (folder / "metrics.jsonl").exists()
-    if not (config.eval_only or its_own) and any(folder.glob("*")):
+    # This check comes before the ranks meet: soon after, the first of them writes to the folder.
+    is_a_run = config.resume and (folder / "metrics.jsonl").exists()
+    if not (config.eval_only or is_a_run) and any(folder.glob("*")):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     rank, world_size, device = init_distributed()
     state = load_state(folder, config, world_size)
     step = state.get("step", -1)
-    if sum_over_ranks({"step": step}, device)["step"] != step * world_size:
+    if sum_over_ranks({"step": step})["step"] != step * world_size:
         raise UserError("--resume: --output_dir must be one folder that all machines share")
     TASKS[config.task].answer_reward("<answer>\\boxed{1}</answer>", "2")  # fails now, if ever
     torch.manual_seed(config.seed)  # of the tiny model's weights
     model, tokenizer = load_model_and_tokenizer(state.get("path", config.model))
-    loaded, test_questions = (encode_prompts(qs, tokenizer) for qs in load_questions(config))
+    loaded, test_questions = load_questions(config)
+    with blame(f"--model {config.model}: its chat template refuses the messages"):
+        encode_prompts([*loaded, *test_questions], tokenizer)
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions):,} prompts over --max_prompt_tokens left out"
     if len(questions) < world_size and not config.eval_only:
@@ -920,47 +922,46 @@ def train(config: Config):
     # `model` holds the float32 masters; `policy` is the same, inside DDP if there are several
     # ranks; `sampler` is a copy in the dtype of compute, or in float32 `model` itself; `reference`,
     # pi_ref, is a frozen copy of the model of step 0.
-    options = {"forward_sync_buffers": False, "gradient_as_bucket_view": True}
-    policy = DDP(model, **options) if world_size > 1 else model
+    policy = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
     deal = partial(question_stream, questions, config.seed, rank, world_size)
     if not state:
-        log(folder, warm_start(policy, tokenizer, deal(), config, world_size))
+        append_metrics(folder, warm_start(policy, tokenizer, deal(), config, world_size))
     sampler = model if config.dtype == "float32" else copy_for(model, config.dtype)
-    begun = load_model_and_tokenizer(folder / "checkpoint-0")[0] if state else model
-    reference = copy_for(begun, config.dtype).to(model.device) if config.beta > 0 else None
+    reference = load_model_and_tokenizer(folder / "checkpoint-0")[0] if state else model
+    reference = copy_for(reference, config.dtype).to(model.device) if config.beta > 0 else None
     updates, asked = steps * config.num_iterations, state.get("asked", [0] * world_size)
-    trainer = make_optimizer(policy, config.learning_rate, updates, config)
-    for part, saved in zip(trainer, state.get("trainer", ()), strict=False):
-        part.load_state_dict(saved)
+    optimizer, scheduler = make_optimizer(policy, config.learning_rate, updates, config)
+    if state:
+        optimizer.load_state_dict(state.pop("optimizer"))
+        scheduler.load_state_dict(state["scheduler"])
     stream = itertools.islice(deal(), asked[rank], None)  # what this rank has not asked yet
     draw = partial(rollout, sampler, tokenizer, config, G, config.temperature, 1.0)
     for step in tqdm(range(first, steps + 1), config.task, disable=not IS_FIRST_RANK):
         if step > 0:  # step 0 is only evaluated and saved
-            # manual_seed looks at 32 bits only, so the three numbers are hashed.
+            # So a resumed step draws the same numbers. (hash: manual_seed looks at 32 bits only.)
             torch.manual_seed(hash((config.seed, step, rank)))
-            times, rate = [time.perf_counter()], trainer[1].get_last_lr()[0]
+            times, rate = [time.perf_counter()], scheduler.get_last_lr()[0]
             kept, sampled, rounds = collect_batch(draw, stream, room, config)
             times.append(time.perf_counter())
-            with blame(f"step {step}: lower --learning_rate, and --resume", FloatingPointError):
-                result = update(policy, reference, *trainer, kept, config, world_size)
+            with blame(f"step {step}: lower --learning_rate in a new run", FloatingPointError):
+                sums = update(policy, reference, optimizer, scheduler, kept, config, world_size)
             refresh(sampler, model)
             times.append(time.perf_counter())
             asked[rank] += len(sampled) // G
             if world_size > 1:
                 dist.all_gather_object(asked, asked[rank])
             metrics = {"step": step, "epoch": sum(asked) / len(questions), "learning_rate": rate}
-            metrics |= step_metrics(kept, sampled, rounds, *result, times, config, model.device)
-            log(folder, metrics)
+            metrics |= step_metrics(kept, sampled, rounds, sums, times, config)
+            append_metrics(folder, metrics)
             if step == 1 or step % max(1, steps // 10) == 0:
-                say("  ".join(f"{name} {metrics[name] or 0:.4g}" for name in SHOWN))
+                say("  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN))
         if test_questions and (step == steps or step % (config.eval_every or steps) == 0):
-            log(folder, {"step": step, **test(sampler)})
+            append_metrics(folder, {"step": step, **test(sampler)})
         if IS_FIRST_RANK and (step == steps or step % (config.save_every or steps) == 0):
-            saved = [part.state_dict() for part in trainer]
-            state = {"step": step, "asked": asked, "config": asdict(config), "trainer": saved}
+            state = {"step": step, "asked": asked, "config": asdict(config)}
+            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
             save_checkpoint(folder, model, tokenizer, state)
-    if IS_FIRST_RANK:
-        say(summary(folder))
+    say(summary(folder) if IS_FIRST_RANK else "")
 
 
 def main():
@@ -978,8 +979,8 @@ def main():
     try:
         train(Config(**vars(parser.parse_args())))
         status = 0
-    except (UserError, OSError) as error:  # all ranks have it: one says so
-        message = error if os.environ.get("LOCAL_RANK", "0") == "0" else None
+    except (UserError, OSError) as error:
+        message = error
     except torch.OutOfMemoryError:
         message = "CUDA is out of memory: lower --tokens_per_microbatch or --sample_batch"
     except KeyboardInterrupt:
