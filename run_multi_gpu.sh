@@ -19,6 +19,6 @@ else
 fi
 # Else those who start again find the addresses that the dead left in torchrun's store, and wait for them for ever.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun "${where[@]}" --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-3}" \
-    --shutdown_timeout 600 \
-    "$here/cppo.py" --resume --save_every 20 "$@"
+# The cache grows with every token: without this, memory would break into pieces too small for it.
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+exec torchrun "${where[@]}" --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-3}" "$here/cppo.py" --resume "$@"
