@@ -162,14 +162,14 @@ def run(*arguments, ranks: int = 1, script=SCRIPT, **environment):
 
 
 def start_process(*arguments, ranks: int = 1, script=SCRIPT, **environment) -> subprocess.Popen:
-    """A real process, left running."""
+    """A real process, left running, with one thread: spinning threads would slow down others."""
     launcher = [] if script[:1] == [RUN_MULTI_GPU] else [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [*launcher, *script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PATH": path, **environment},
+        text=True, env={"OMP_NUM_THREADS": "1", **os.environ, "PATH": path, **environment},
     )  # fmt: skip
 
 
@@ -187,18 +187,12 @@ def command_line(monkeypatch, capsys, *flags) -> tuple[int, str]:
 
 
 # --- Configuration --------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("group_size", "pruning_rate", "k"),
-    [
-        (16, 0.0, 16), (16, 0.5, 8), (16, 0.75, 4), (16, 0.875, 2), (16, 0.9375, 1),
+def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
+    for G, P, k in (
+        (16, 0.0, 16), (16, 0.875, 2), (16, 0.9375, 1), (7, 0.5, 3), (4, 0.99, 1),
         (20, 0.8, 4),  # 20 * (1 - 0.8) is 3.9999999999999996
-        (10, 0.9, 1),  # 10 * (1 - 0.9) is 0.9999999999999998
-        (7, 0.5, 3),  # floor(3.5)
-        (4, 0.99, 1),  # never 0
-    ],
-)  # fmt: skip
-def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1(group_size, pruning_rate, k):
-    assert config(group_size=group_size, pruning_rate=pruning_rate).num_kept == k
+    ):  # fmt: skip
+        assert config(group_size=G, pruning_rate=P).num_kept == k
 
 
 BELOW = {  # every numeric flag, with a number below its interval
@@ -251,43 +245,36 @@ def test_a_users_mistake_is_one_line_that_names_the_flag_and_exit_2_and_nothing_
 
 
 @pytest.mark.parametrize(
-    ("raised", "status", "says"),
+    ("raised", "status", "says", "lines"),
     [
-        (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "lower --tokens_per_microbatch or"),
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
-        (KeyboardInterrupt(), 130, "with --resume it goes on from the last checkpoint"),
+        (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch", 1),
+        (OSError(28, "No space left on device"), 2, "No space left on device", 1),
+        (KeyboardInterrupt(), 130, "with --resume it goes on from the last checkpoint", 1),
+        (AttributeError("a bug"), 1, "Traceback", 5),
     ],
 )
-def test_memory_disk_and_ctrl_c_end_a_run_with_one_line(
-    raised, status, says, monkeypatch, capsys
-):  # fmt: skip
+def test_memory_disk_and_ctrl_c_end_a_run_with_one_line_and_a_bug_with_its_traceback(
+    raised, status, says, lines, monkeypatch, capsys
+):
     def explode(_config):
         raise raised
 
     monkeypatch.setattr(cppo, "train", explode)
     code, error = command_line(monkeypatch, capsys)
-    assert code == status and error.count("\n") == 1 and says in error
+    assert code == status and says in error and error.count("\n") >= lines
+    assert (error.count("\n") == 1) == (lines == 1)
 
 
-def test_a_programmers_mistake_shows_its_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(cppo, "train", lambda config: config.no_such_setting)
-    status, error = command_line(monkeypatch, capsys)
-    assert status == 1 and "Traceback" in error and "no_such_setting" in error
-
-
-def test_the_batch_must_be_divisible_by_the_ranks(monkeypatch):
+def test_ranks_must_divide_the_batch_and_not_be_more_than_the_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     config(batch_size=128)
     with pytest.raises(UserError, match="--batch_size 100 must be divisible by 8, ranks"):
         config(batch_size=100)
     with pytest.raises(UserError, match="must be divisible by 128, ranks x --group_size"):
         config(batch_size=64, refill=False)
-
-
-def test_more_ranks_than_gpus_is_a_users_mistake(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError, match="--nproc_per_node 3 is more than the GPUs here"):
         cppo.init_distributed()
 
@@ -297,18 +284,6 @@ def test_every_task_has_defaults_for_the_flags_that_need_one(task):
     settings = asdict(Config(task=task))
     may_stay_none = {"model", "train_data", "test_data", "steps", "eval_questions"}
     assert {name for name, value in settings.items() if value is None} <= may_stay_none
-
-
-def test_help_explains_every_flag(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["cppo.py", "--help"])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-    with pytest.raises(SystemExit):
-        cppo.main()
-    text = capsys.readouterr().out
-    for name in Config.__dataclass_fields__:
-        assert f"  --{name}" in text
-    for symbol in ("G:", "P:", "N:", "mu:", "eps:", "beta:", "k = floor(G (1 - P))"):
-        assert symbol in text
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -346,32 +321,28 @@ def test_a_completion_ends_with_its_first_eos_or_at_the_limit():
     assert min(ends.values()) > 5  # both kinds were seen
 
 
-def test_completions_come_question_major_however_many_fit_in_memory(monkeypatch):
-    def echo(_model, prompts, group_size, *_):  # repeats the prompt's last token
-        seen.append(len(prompts) * group_size)
-        return [([p[-1]], [0.0]) for p in prompts for _ in range(group_size)]
+def test_completions_come_question_major_scored_by_their_own_question_in_any_chunks(monkeypatch):
+    model, tokenizer = cppo.load_model_and_tokenizer(None)
+    questions = cppo.encode_prompts([Question(f"1+{i}=", f"{i + 1}") for i in range(4)], tokenizer)
+    right = {tuple(q.prompt_ids): right_form(q.answer).replace("hm", "1") for q in questions}
+    calls = []
 
-    seen, (model, tokenizer) = [], cppo.load_model_and_tokenizer(None)
-    monkeypatch.setattr(cppo, "sample_completions", echo)
-    questions = [Question("", "", prompt_ids=p) for p in PROMPTS]
-    for sample_batch, calls in ((1024, [12]), (7, [6, 6]), (3, [3] * 4)):
-        seen.clear()
+    def teach(_model, prompts, group_size, *_):  # right, right but not in form, cut off
+        calls.append(len(prompts) * group_size)
+        texts = [(right[tuple(p)], right[tuple(p)][10:], "9") for p in prompts]
+        ids = [[*tokenizer(text).input_ids, 1] for group in texts for text in group]
+        return [(x[:-1] if i % 3 == 2 else x, [0.0] * len(x)) for i, x in enumerate(ids)]
+
+    monkeypatch.setattr(cppo, "sample_completions", teach)
+    for sample_batch in (1024, 7, 3):
         settings = config(sample_batch=sample_batch, group_size=3)
         completions = cppo.rollout(model, tokenizer, settings, 3, 1.0, 1.0, questions)
-        assert [c.token_ids for c in completions] == [[p[-1]] for p in PROMPTS for _ in range(3)]
-        assert [c.prompt_ids for c in completions] == [p for p in PROMPTS for _ in range(3)]
-        assert seen == calls
-
-
-def test_greedy_decoding_takes_the_likeliest_token_each_time():
-    model = tiny("Llama")
-    sampled = cppo.sample_completions(model, PROMPTS, 1, 10, 0.0, [1])
-    for prompt, (ids, _) in zip(PROMPTS, sampled, strict=True):
-        so_far, want = list(prompt), []
-        while len(want) < 10 and (not want or want[-1] != 1):
-            want.append(int(model(torch.tensor([so_far])).logits[0, -1].argmax()))
-            so_far.append(want[-1])
-        assert ids == want
+        assert [c.prompt_ids for c in completions] == [
+            q.prompt_ids for q in questions for _ in "GGG"
+        ]
+        assert [c.reward for c in completions] == [3, 2, 0] * 4
+        assert [c.truncated for c in completions] == [False, False, True] * 4
+    assert calls == [12, 6, 6, 3, 3, 3, 3]
 
 
 def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
@@ -409,8 +380,9 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
     torch.testing.assert_close(log_probs, (logits / temperature).log_softmax(-1)[tokens])
 
 
-def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it():
+def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperature_0_from_one():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    assert [x.tolist() for x in cppo.sample_tokens(logits[None], 0.0)] == [[1], [0.0]]
     for top_p, likely in ((0.35, [1]), (0.65, [1, 3]), (0.8, [1, 2, 3])):
         torch.manual_seed(0)
         tokens, log_probs = cppo.sample_tokens(logits.expand(4000, -1), 1.0, top_p)
@@ -518,38 +490,6 @@ def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
         cppo.boxed(text)
 
 
-def test_rewards_of_random_texts_are_always_one_of_their_values():
-    rng = random.Random(0)
-    pieces = [*cppo.TAGS, "\n", " ", "-", "+", ".", ",", "$", "%", "7", "42", "1,234", "0.5", "nan",
-              "inf", "1e9", "\N{MINUS SIGN}", "\N{ARABIC-INDIC DIGIT THREE}", "\0", "\ud800",
-              "__import__('os')", "\u00bd", "<answer>7</answer>"]  # fmt: skip
-    seen = Counter()
-    for _ in range(50_000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
-        form, accuracy = cppo.format_reward(text), cppo.accuracy_reward(text, "7")
-        seen[form, accuracy] += 1
-        given = cppo.extract_answer(text)
-        assert given is None or given in text
-        if accuracy:  # only a seven is ever right
-            assert float(given.replace("$", "").replace("%", "").rstrip(".")) == 7
-    assert {a for _, a in seen} == {0.0, 1.5, 2.0} and {f for f, _ in seen} <= {0.0, 1.0}
-
-
-def test_each_completion_is_scored_against_its_own_question(monkeypatch):
-    model, tokenizer = cppo.load_model_and_tokenizer(None)
-    questions = cppo.encode_prompts([Question("1+1=", "2"), Question("1+2=", "3")], tokenizer)
-    texts = ["<think>1</think>\n<answer>2</answer>", "<answer>3</answer>", "9"] * 2
-    ids = [[*tokenizer(text).input_ids, 1] for text in texts]
-    ids[2].pop()  # no EOS
-    monkeypatch.setattr(cppo, "sample_completions", lambda *_: [(x, [0.0] * len(x)) for x in ids])
-    scored = cppo.rollout(model, tokenizer, config(), 3, 1.0, 1.0, questions)
-    assert [c.accuracy_reward for c in scored] == [2, 0, 0, 0, 2, 0]
-    assert [c.format_reward for c in scored] == [1, 0, 0, 1, 0, 0]
-    assert [c.truncated for c in scored] == [False, False, True, False, False, False]
-    assert [c.prompt_ids for c in scored] == [questions[i // 3].prompt_ids for i in range(6)]
-    assert scored[0].reward == 3
-
-
 # --- Advantages and pruning -----------------------------------------------------------------------
 def close(got: torch.Tensor, want, lesson: str):
     want = torch.as_tensor(want, dtype=got.dtype)
@@ -566,14 +506,6 @@ def test_advantages_by_hand():
     close(got, alone, "mean and std are each question's own, whatever other questions there are")
     s = math.sqrt(2) + 1e-4
     close(got[0], [2 / s, 0, -1 / s, -1 / s], "3 1 0 0 has mean 1 and std sqrt(6 / 3), over G - 1")
-
-
-def test_one_lucky_completion_in_16_has_advantage_3_75_and_the_others_a_quarter():
-    rewards = torch.zeros(1, 16, dtype=F64)
-    rewards[0, 5] = 2.0  # mean 1/8, std 1/2
-    advantages = cppo.group_advantages(rewards)
-    assert advantages[0, 5].item() == pytest.approx(3.75, abs=1e-3)
-    assert advantages[0, 0].item() == pytest.approx(-0.25, abs=1e-3)
 
 
 def kept(advantages, k, **options):
@@ -617,16 +549,6 @@ def test_pruning_with_gamma_keeps_at_most_k_and_none_below_it():
     assert kept(advantages, 3, gamma=1e-6) == [[1, 2, 3], []]  # a tiny one drops dead groups
 
 
-def test_pruning_equals_a_slow_loop_on_groups_with_many_ties():
-    torch.manual_seed(0)
-    advantages = torch.randint(-3, 4, (300, 8)).double()
-    for k in range(1, 9):
-        mask = cppo.prune(advantages, k)
-        for row, kept_row in zip(advantages.tolist(), mask.tolist(), strict=True):
-            best = sorted(range(8), key=lambda i: (-abs(row[i]), i))[:k]
-            assert kept_row == [i in best for i in range(8)]
-
-
 # --- Refill ---------------------------------------------------------------------------------------
 def fake_draw(rewards_of, calls=None):
     """A sampler whose i-th question gets the rewards rewards_of(i)."""
@@ -664,12 +586,6 @@ def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times
         assert row.advantage == pytest.approx(A, abs=1e-6), lesson
 
 
-def test_refill_of_P_0_is_GRPO_all_completions_of_as_many_questions_as_fit():
-    settings = config(group_size=4, pruning_rate=0.0)
-    rows, sampled, _ = cppo.collect_batch(fake_draw(lambda i: [0, 0, 0, 1]), stream(), 8, settings)
-    assert len(rows) == 8 and rows == sampled
-
-
 @pytest.mark.parametrize(
     ("by", "last_one"), [("abs_advantage", 3), ("advantage", 3), ("smallest", 0)]
 )
@@ -695,13 +611,6 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups():
     assert calls == [4, 2, 1, 1] and rounds == 4, lesson  # half of each round is dead
     assert len(rows) == 8 and len(sampled) == 8 * 4
     assert all(abs(row.advantage) > 0.4 for row in rows)
-
-
-def test_refill_gives_up_after_four_rounds_and_trains_on_what_there_is():
-    calls = []
-    settings = config(group_size=4, pruning_rate=0.5, gamma=1e-6)
-    rows, *_ = cppo.collect_batch(fake_draw(lambda i: [1] * 4, calls), stream(), 8, settings)
-    assert rows == [] and calls == [4] * 4
 
 
 def test_refill_of_rewards_that_floats_cannot_hold_still_sees_equal_ones_as_equal():
@@ -1082,43 +991,27 @@ def test_the_teacher_is_always_in_format_and_right_unless_it_forgets_to_carry():
     assert 0.65 < forgets < 0.75
 
 
-def test_the_character_tokenizer_gives_back_its_text_and_has_one_token_per_tag():
-    _, tokenizer = cppo.tiny_model_and_tokenizer()
-    text = "<think>7+8=15 3+5=8+1=9</think>\n<answer>95</answer>"
-    ids = tokenizer(text).input_ids
-    assert len(ids) == len(text) - sum(len(tag) - 1 for tag in cppo.TAGS)
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
-    longest = max(cppo.arithmetic_questions(None, "train"), key=lambda q: len(q.demonstration))
-    assert len(tokenizer(longest.demonstration).input_ids) + 1 <= config().max_completion_tokens
-
-
 gsm8k_questions = cppo.TASKS["gsm8k"].questions
 math_questions = cppo.TASKS["math"].questions
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_questions_load_from_any_kind_of_file(kind, tmp_path):
+def test_questions_load_from_any_kind_of_file_with_numbers_as_they_are_written(kind, tmp_path):
     answers = ["48/2 = <<48/2=24>>24 clips.\n24+48 = <<24+48=72>>72.\n#### 72", "1,234", "0"]
     table = datasets.Dataset.from_list([{"question": "How many?", "answer": a} for a in answers])
-    file = str(tmp_path / f"data.{kind}")
-    getattr(table, f"to_{kind.replace('jsonl', 'json')}")(file)
-    questions = gsm8k_questions(file, "train")
+    file = tmp_path / f"data.{kind}"
+    getattr(table, f"to_{kind.replace('jsonl', 'json')}")(str(file))
+    questions = gsm8k_questions(str(file), "train")
     assert questions[0].prompt[1] == {"role": "user", "content": "How many?"}
     assert [q.answer for q in questions] == ["72", "1,234", "0"]
     assert questions[0].demonstration == (
         "<think>48/2 = 24 clips.\n24+48 = 72.</think>\n<answer>72</answer>"
     )
-    assert questions[1].demonstration == "<think></think>\n<answer>1,234</answer>"
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_numbers_as_answers_stay_as_they_are_written(kind, tmp_path):
-    text = "question,answer\na,0\nb,3\nc,2.50\n"
-    if kind == "jsonl":
-        text = '{"question": "a", "answer": 0}\n{"question": "b", "answer": 3}\n'
-    (tmp_path / f"data.{kind}").write_text(text)
-    answers = [q.answer for q in gsm8k_questions(str(tmp_path / f"data.{kind}"), "test")]
-    assert answers == ["0", "3", "2.50"][: len(answers)]
+    numbers = {"csv": "question,answer\na,3\nb,2.50\n", "jsonl": '{"question": "a", "answer": 3}\n'}
+    if kind in numbers:
+        file.write_text(numbers[kind])
+        want = ["3", "2.50"] if kind == "csv" else ["3"]
+        assert [q.answer for q in gsm8k_questions(str(file), "test")] == want
 
 
 def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
@@ -1171,7 +1064,7 @@ def test_what_a_box_holds(text, inside):
 
 @pytest.fixture
 def math_verify(tmp_path, monkeypatch):
-    """A stand-in for the package, which knows that a half is 0.5; the real one has its own test."""
+    """A stand-in for the package, which knows that a half is 0.5."""
     code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
     (tmp_path / "package").mkdir()
     (tmp_path / "package/math_verify.py").write_text(code)
@@ -1181,24 +1074,14 @@ def math_verify(tmp_path, monkeypatch):
     return str(tmp_path / "package")
 
 
-def test_the_math_reward_is_2_for_the_same_number_or_expression_and_0_for_none(math_verify):
+def test_the_math_reward_is_2_for_the_same_expression_and_its_package_is_missed_before_all_else(
+    math_verify, monkeypatch
+):  # fmt: skip
     for text, answer, reward in (
         (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
         ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
     ):  # fmt: skip
         assert cppo.math_reward(text, answer) == reward
-
-
-def test_the_math_reward_with_the_real_package():
-    pytest.importorskip("math_verify", reason="pip install math-verify")
-    for given, answer, reward in (
-        (r"\frac{1}{2}", "0.5", 2), (r"\dfrac12", r"\frac{1}{2}", 2), ("x^2+x", "x(x+1)", 2),
-        (r"(1, 2)", "(1,2)", 2), (r"\frac{1}{3}", "0.5", 0), ("9^{9^{9^{9}}}", "7", 0),
-    ):  # fmt: skip
-        assert cppo.math_reward(f"$\\boxed{{{given}}}$", answer) == reward, given
-
-
-def test_without_math_verify_the_math_task_asks_for_it_before_it_loads_anything(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match="pip install math-verify"):
         cppo.train(Config(task="math", model="no/such", output_dir="no/such", train_data="none"))
@@ -1923,19 +1806,6 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_the_run_goes_on(whole_run, tmp_path):
-    process = start_process(*RUN, "--output_dir", tmp_path / "run")
-    wait_for(process, has_step(tmp_path / "run", 2))
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "cppo.py: stopped; with --resume it goes on from the last checkpoint" in err
-    again = run(*RUN, "--output_dir", tmp_path / "run", "--resume")
-    assert again.returncode == 0 and "cppo: steps 0" not in again.stdout, again.stderr
-    assert_equal_runs(whole_run(1), tmp_path / "run")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accident", "says"),
     [
@@ -1977,7 +1847,7 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
     machines = [
         start_process(
             *RUN, "--output_dir", tmp_path / "run", script=script, NPROC="1", NNODES="2",
-            NODE_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+            NODE_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for i in range(2)
     ]  # fmt: skip
