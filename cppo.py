@@ -23,11 +23,9 @@ ranks, as the paper writes it, however they fall into micro-batches and ranks.
 
 Letters of shapes; rows are question-major everywhere: repeat_interleave in, view(Q, G) out.
 
-    Q questions                 N completions being trained      T = L + C tokens of a row
-    G completions a question    L prompt tokens                  V vocabulary
-    k kept a question           C completion tokens              R completions being sampled
-
-N is all that a step trains in the equations, and the rows of one micro-batch in shapes.
+    Q questions                 N completions of a step          L prompt tokens
+    G completions a question      (in shapes: a micro-batch)     C completion tokens
+    k kept a question           R completions being sampled      T = L + C of a row, V vocabulary
 """
 
 import argparse
@@ -58,13 +56,11 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 MAX_REFILL_ROUNDS = 4  # of sampling in a step: where gamma leaves room in the batch
 WARM_START_BATCH = 32  # demonstrations a step, by all ranks
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
-MAY_CHANGE = {  # from a run to its continuation; the last two change numbers by rounding and chance
-    "output_dir", "resume", "save_every", "eval_every", "tokens_per_microbatch", "sample_batch",
-}  # fmt: skip
 IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one process that writes and prints
 
 
@@ -95,9 +91,7 @@ class Config:
 
     task: str = flag("auto", "one of TASKS; auto: gsm8k with CUDA or data files, else arithmetic")
     model: str | None = flag(None, "hub name or folder of a causal language model")
-    train_data: str | None = flag(
-        None, "parquet, json, jsonl or csv file, or NAME[:SUBSET] on the hub"
-    )
+    train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub NAME[:SUBSET]")
     test_data: str | None = flag(None, "the same, to evaluate on; unset: the task's own")
     output_dir: str | None = flag(None, "folder to write to; unset: runs/TASK")
     steps: int | None = flag(None, "training steps; unset: by task, or an epoch", "[0, inf)")
@@ -120,7 +114,7 @@ class Config:
     max_completion_tokens: int | None = flag(None, "longer completions are cut", "[1, inf)")
     tokens_per_microbatch: int | None = flag(None, "N x T of a forward pass, at most", "[1, inf)")
     sample_batch: int = flag(1024, "completions sampled at once, at most", "[2, inf)")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag("auto", "of compute; auto: by hardware")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of compute; unset: by hardware")
     warm_start_steps: int | None = flag(None, "steps of imitation before CPPO", "[0, inf)")
     warm_start_learning_rate: float | None = flag(None, "their peak rate", "[1e-12, inf)")
     eval_questions: int | None = flag(None, "test on the first so many; unset: all", "[0, inf)")
@@ -137,9 +131,8 @@ class Config:
             self.task = "gsm8k" if cuda or self.train_data or self.test_data else "arithmetic"
         if self.task not in TASKS:
             raise UserError(f"--task must be auto or one of {', '.join(TASKS)}, not {self.task}")
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if cuda else "float32"
-        unset = {"output_dir": f"runs/{self.task}", "tokens_per_microbatch": 4096 if cuda else 1024}
+        unset = {"output_dir": f"runs/{self.task}", "dtype": "bfloat16" if cuda else "float32"}
+        unset["tokens_per_microbatch"] = 4096 if cuda else 1024
         for name, value in (unset | TASKS[self.task].defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -211,34 +204,54 @@ def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float = 1.0):
         likelier = ranked.cumsum(-1) - ranked  # (R, V) what the tokens before it add up to
         probs = probs.scatter(-1, order, ranked * (likelier < top_p))
         probs = probs / probs.sum(-1, keepdim=True)
-    # Inverse CDF: one random number a row, where torch.multinomial would draw V of them. In
-    # float64, for the rounding of 150,000 additions would swallow rare tokens.
+    # Inverse CDF: one random number a row (torch.multinomial draws V). float64: V roundings add up.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
     tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with spare columns: a new token is written into the next one,
+    where the base class would copy all that came before, at every token."""
+
+    length = 0  # columns in use
+
+    def get_seq_length(self) -> int:
+        """The tokens that it holds, without the spare columns."""
+        return self.length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends keys and values, (R, heads, new, D) each; returns all there are."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if start == 0:  # the prompts
+            super().update(key_states, value_states)
+        elif self.length > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, 32)) for x in (self.keys, self.values))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
 @torch.no_grad()
 def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_ids, top_p=1.0):
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
-
     A completion is two lists, token ids and their log-probabilities. It ends with an EOS, unless it
     was cut at `max_tokens`. Temperature 0 is greedy."""
     Q, L, device = len(prompts), max(map(len, prompts)), model.device
     # Prompts are padded on the left: all end in the last column, where the completions begin.
     padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
     input_ids, attention_mask = padded.clamp(min=0), (padded >= 0).long()  # (Q, L), (Q, L)
-    cache = None
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     completions = [([], []) for _ in range(Q * group_size)]  # token ids, log-probabilities
     running = completions  # those that have a row in the tensors: R of them
     for t in range(max_tokens):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 where a prompt begins
-        out = model(
+        logits = model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache,
             position_ids=positions[:, -input_ids.shape[1] :], use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits, cache = out.logits[:, -1], out.past_key_values  # (Q, V), from then on (R, V)
+        ).logits[:, -1]  # (Q, V) of the prompts, then (R, V)  # fmt: skip
         if t == 0:  # each prompt was read once: now every one of its G completions gets a row
             chosen = torch.arange(Q, device=device).repeat_interleave(group_size)  # (R,)
             cache.reorder_cache(chosen)
@@ -266,7 +279,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # -$1,234.50, $-5 or 50%. Only runs of digits repeat, none twice in a row: linear time on any text.
 NUMBER = re.compile(
-    r"([+-]?)\$?([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
+    r"(?:([+-]?)\$?|\$([+-]))((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
 
 
@@ -287,10 +300,8 @@ def format_reward(text: str) -> float:
 def same_number(given: str, answer: str) -> bool:
     """Whether both are one number, exactly; commas, $, % and a full stop left aside."""
     matches = [NUMBER.fullmatch(text.replace("\N{MINUS SIGN}", "-")) for text in (given, answer)]
-    if not all(match and not (match[1] and match[2]) for match in matches):
-        return False
-    a, b = (Decimal(match[1] + match[2] + match[3].replace(",", "")) for match in matches)
-    return a == b
+    values = [m and Decimal((m[1] or m[2] or "") + m[3].replace(",", "")) for m in matches]
+    return None not in values and values[0] == values[1]
 
 
 def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) -> float:
@@ -308,9 +319,8 @@ def rollout(model, tokenizer, config, group_size, temperature, top_p, questions)
     eos_ids, limit = model.generation_config.eos_token_id, config.max_completion_tokens
     at_once = config.sample_batch // group_size  # questions whose completions fit in memory
     chunks = [questions[i : i + at_once] for i in range(0, len(questions), at_once)]
-    hide = len(chunks) < 2 or not IS_FIRST_RANK
     completions = []
-    for chunk in tqdm(chunks, "sampling", leave=False, disable=hide):
+    for chunk in tqdm(chunks, "sampling", leave=False, disable=not IS_FIRST_RANK):
         prompts = [question.prompt_ids for question in chunk]
         sampled = sample_completions(model, prompts, group_size, limit, temperature, eos_ids, top_p)
         for i, (token_ids, log_probs) in enumerate(sampled):
@@ -329,10 +339,8 @@ def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
 
 
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
-    """True for the completions to train on (eq. 2): (Q, G) bool.
-
-    Of each question, the k that are best by `by`, ties to the lowest index, if |A| >= gamma. So
-    with gamma 0 all k stay, also where a question's rewards are equal and every A is 0."""
+    """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
+    `by`, ties to the lowest index, if |A| >= gamma. With gamma 0 all k stay, also where A = 0."""
     abs_QG = advantages_QG.abs()
     score_QG = {
         "abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG,
@@ -442,10 +450,8 @@ def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
     """Eq. 5 without 1/N sum_i, which is update's: a loss for each completion, (N,).
-
     Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
-    a completion's tokens: `kl` (eq. 4), and `clip_fraction`, of tokens whose gradient (but for that
-    of the KL term) is 0, for the clip takes effect."""
+    own tokens: `kl` (eq. 4) and `clip_fraction`, where the clip leaves A without a gradient."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (N, C)
@@ -462,11 +468,10 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
 # --- Update ---------------------------------------------------------------------------------------
 def update(policy, reference, optimizer, scheduler, rows, config, world_size=1) -> dict:
     """mu optimizer steps on eq. 5, over the rows of all ranks, N together.
-
     Returns sums over this rank's rows of means over their tokens: `loss`, `kl`, `clip_fraction`,
-    `grad_norm` (which is one for all), each a mean over the mu steps, and `sampling_gap`, before
-    the first, |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong.
-    Raises FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
+    `grad_norm` (one for all), each a mean over the mu steps, and `sampling_gap`, before the first,
+    |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong. Raises
+    FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
     device, mu = next(policy.parameters()).device, config.num_iterations
     N = sum_over_ranks({"rows": len(rows)})["rows"]
     # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
@@ -524,7 +529,6 @@ class Task:
 
 def arithmetic_questions(source: None, split: str) -> list[Question]:
     """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
-
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
     gets about the sums without a carry right; CPPO has to find the rest."""
     if source:
@@ -690,8 +694,7 @@ def load_model_and_tokenizer(name: str | None):
             raise ValueError("it lacks the tokenizer's files")  # it loads, as an empty tokenizer
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token: completions would never end")
-    # From here on it is a list of all tokens that end a completion: chat models have several.
-    ids = model.generation_config.eos_token_id
+    ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
     ids = ids if isinstance(ids, list) else [ids]
     model.generation_config.eos_token_id = sorted({*ids, tokenizer.eos_token_id} - {None})
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
@@ -731,10 +734,8 @@ def init_distributed() -> tuple[int, int, torch.device]:
         if local_ranks > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here")
         torch.cuda.set_device(device)
-        # cuDNN plans anew for every length of the cache, and may sample wrongly (PyTorch 193893).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        # That is torchrun's doing when the user says nothing. Share the cores out instead.
+        torch.backends.cuda.enable_cudnn_sdp(False)  # replans each length; PyTorch issue 193893
+    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if world_size > 1:  # an hour, for what one rank does alone: a download, a save
         dist.init_process_group(backend, timeout=timedelta(hours=1))
@@ -776,8 +777,8 @@ def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, wo
 
 
 def evaluate(tokenizer, questions, rank, world_size, config, model) -> dict:
-    """Share of right completions, greedy ones or the mean of --eval_samples, sampled as the paper
-    does for AMC and AIME; each question is scored by one of the ranks, and by the reward."""
+    """Share of right completions, greedy ones or several samples a question, as the paper does for
+    AMC and AIME. Each rank has its share of the questions."""
     start, n, count = time.perf_counter(), config.eval_samples, len(questions)
     torch.manual_seed(hash((config.seed, rank)))  # the same numbers for each evaluation
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)
@@ -828,8 +829,8 @@ def append_metrics(folder: Path, record: dict):
 def summary(folder: Path) -> str:
     """What the run in `folder` has paid, from its metrics.jsonl."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    steps_only = [record for record in records if "questions" in record]
-    asked, seconds = (sum(m[name] for m in steps_only) for name in ("questions", "step_seconds"))
+    paid = [(m["questions"], m["step_seconds"]) for m in records if "questions" in m]
+    asked, seconds = sum(q for q, _ in paid), sum(s for _, s in paid)
     return f"cppo: {asked:,} questions, {seconds / max(1, asked):.3g} seconds each, in {folder}"
 
 
@@ -866,8 +867,10 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
         # mmap: else each of 8 ranks would read all of Adam's moments into memory
         state = torch.load(path / "trainer_state.pt", "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
+    may_change = {"output_dir", "resume", "save_every", "eval_every"}
+    may_change |= {"tokens_per_microbatch", "sample_batch"}  # by rounding, and by chance
     for name, now in (asdict(config) | {"ranks": world_size}).items():
-        if name not in MAY_CHANGE and before.get(name) != now:
+        if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
     return state | {"path": path}
 
@@ -876,7 +879,7 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
 def set_up(config: Config) -> tuple:
     """Ranks, checkpoint, model, questions. All checks come before the first write."""
     folder = Path(config.output_dir)
-    # This check comes before the ranks meet: soon after, the first of them writes to the folder.
+    # (Before the ranks meet: soon after, the first of them writes to the folder.)
     is_a_run = config.resume and (folder / "metrics.jsonl").exists()
     if not (config.eval_only or is_a_run) and any(folder.glob("*")):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
@@ -919,9 +922,8 @@ def train(config: Config):
     steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
     first = state.get("step", -1) + 1
     say(f"cppo: steps {first} to {steps}, each with {per_step} questions; G = {G}, k = {k}")
-    # `model` holds the float32 masters; `policy` is the same, inside DDP if there are several
-    # ranks; `sampler` is a copy in the dtype of compute, or in float32 `model` itself; `reference`,
-    # pi_ref, is a frozen copy of the model of step 0.
+    # `model` has the float32 masters; `policy` is the same, inside DDP if there are several ranks;
+    # `sampler` a copy in the dtype of compute, in float32 `model` itself; `reference` is pi_ref.
     policy = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
     deal = partial(question_stream, questions, config.seed, rank, world_size)
     if not state:
@@ -966,15 +968,13 @@ def train(config: Config):
 
 def main():
     """The command line: a user's mistake is one line on stderr, and exit status 2."""
-    # glibc would give big freed blocks back to the kernel, which then has to wipe new pages for the
-    # next tensor: a tenth of a step's time on a CPU. So: never trim, and no mmap for big tensors.
+    # Else glibc hands freed tensors back to the kernel, which wipes new pages: a tenth of a step.
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
         libc.mallopt(-4, 0)  # M_MMAP_MAX
     sys.stdout.reconfigure(line_buffering=True)
-    parser = transformers.HfArgumentParser(
-        Config, allow_abbrev=False, usage=argparse.SUPPRESS, description=__doc__.split("\n")[0]
-    )  # without a usage, argparse's own errors are one line too
+    options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
     status, message = 2, None
     try:
         train(Config(**vars(parser.parse_args())))

@@ -1,13 +1,9 @@
 """What is true of cppo.py, one test a sentence, in the order of the file.
 
-Begin with these: the_readmes_group_worked_by_hand, update_of_unpruned_groups_equals_a_naive_grpo,
-the_ratio_is_1_before_any_update, two_ranks_with_unequal_rows (one rank equals two), and
-killed_at_random_moments_resumes_bit_for_bit.
+Begin with the_readmes_group_worked_by_hand, update_of_unpruned_groups_equals_a_naive_grpo,
+the_ratio_is_1_before_any_update, on_two_ranks_with_unequal_rows and killed_at_random_moments.
 
-pytest                      all of it
-pytest -m "not slow"        without the runs of whole training jobs
-pytest -k pruning           one part
-
+pytest -m "not slow"                    without the runs of whole training jobs
 CPPO_MODULE=mine pytest -k pruning      an exercise: mine.py stands in for parts of cppo.py
 """
 
@@ -22,13 +18,13 @@ import os
 import pickle
 import random
 import re
+import resource
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
-import types
 from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -81,35 +77,27 @@ def tiny(family: str, vocabulary: int = 20):
     """A small random model of an architecture, with weights large enough to have opinions."""
     torch.manual_seed(7)
     size = dict(vocab_size=vocabulary, initializer_range=0.2, bos_token_id=None, eos_token_id=1)
-    shape = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, pad_token_id=None, **size,
-    )  # fmt: skip
-    if family == "gpt2":
-        shape = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, **size)
-    if family == "Qwen3Next":  # three layers of linear attention, one of full attention
-        heads = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8)
-        shape |= dict(num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3], **heads)
-        shape |= dict(linear_value_head_dim=8)
-    if family == "Gemma3Text":
-        shape |= dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-    name = {"gpt2": "GPT2Config"}.get(family, f"{family}Config")
-    return transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, name)(**shape)
-    ).eval()  # fmt: skip
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, head_dim=16, pad_token_id=None)  # fmt: skip
+    shape |= {
+        "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64),
+        "Gemma3Text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
+        "Qwen3Next": dict(  # three layers of linear attention, one of full attention
+            num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3], linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
+    }.get(family, {})  # fmt: skip
+    shape = getattr(transformers, f"{family}Config")(**shape, **size)
+    return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
 
 def some_rows(n: int, longest: int = 9) -> list[Completion]:
     """n rows with random tokens, lengths and advantages."""
     rng = random.Random(0)
-    return [
-        Completion(
-            [rng.randrange(2, 20) for _ in range(rng.randint(1, 5))],
-            [rng.randrange(2, 20) for _ in range(rng.randint(1, longest))],
-            advantage=rng.gauss(0, 1),
-        )
-        for _ in range(n)
-    ]
+
+    def tokens(most):
+        return [rng.randrange(2, 20) for _ in range(rng.randint(1, most))]
+
+    return [Completion(tokens(5), tokens(longest), advantage=rng.gauss(0, 1)) for _ in range(n)]
 
 
 def naive_log_probs(model, row: Completion, temperature: float) -> torch.Tensor:
@@ -146,6 +134,11 @@ def gradients_of_update(rows, world_size=1, ddp=False, **changes) -> list[torch.
 
 def metrics_of(kept, sampled, settings, sums=None, rounds=1) -> dict:
     return cppo.step_metrics(kept, sampled, rounds, sums or {}, (1.0, 3.0, 6.0), settings)
+
+
+def close(got: torch.Tensor, want, lesson: str):
+    want = torch.as_tensor(want, dtype=got.dtype)
+    assert torch.allclose(got, want, atol=1e-6), f"{lesson}: {want.tolist()}, not {got.tolist()}"
 
 
 def save_tiny_model(folder: Path):
@@ -195,17 +188,11 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         assert config(group_size=G, pruning_rate=P).num_kept == k
 
 
-BELOW = {  # every numeric flag, with a number below its interval
-    f.name: str(int(float(f.metadata["metavar"][1:].split(",")[0])) - 1)
-    for f in fields(Config)
-    if "metavar" in f.metadata
-}
-
-
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        *[([f"--{name}", value], f"--{name} must be in") for name, value in BELOW.items()],
+        *[([f"--{f.name}", str(int(float(f.metadata["metavar"][1:].split(",")[0])) - 1)],
+           f"--{f.name} must be in") for f in fields(Config) if "metavar" in f.metadata],
         (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "nan"], "--pruning_rate"),
         (["--batch_size", "x"], "--batch_size"), (["--learning_rate", "0"], "--learning_rate"),
         (["--temperature", "inf"], "--temperature"), (["--prune_by", "luck"], "--prune_by"),
@@ -244,25 +231,18 @@ def test_a_users_mistake_is_one_line_that_names_the_flag_and_exit_2_and_nothing_
     assert (tmp_path / "full/file").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    ("raised", "status", "says", "lines"),
-    [
-        (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch", 1),
-        (OSError(28, "No space left on device"), 2, "No space left on device", 1),
-        (KeyboardInterrupt(), 130, "with --resume it goes on from the last checkpoint", 1),
-        (AttributeError("a bug"), 1, "Traceback", 5),
-    ],
-)
 def test_memory_disk_and_ctrl_c_end_a_run_with_one_line_and_a_bug_with_its_traceback(
-    raised, status, says, lines, monkeypatch, capsys
-):
-    def explode(_config):
-        raise raised
-
-    monkeypatch.setattr(cppo, "train", explode)
-    code, error = command_line(monkeypatch, capsys)
-    assert code == status and says in error and error.count("\n") >= lines
-    assert (error.count("\n") == 1) == (lines == 1)
+    monkeypatch, capsys
+):  # fmt: skip
+    for error, status, says in (
+        (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "with --resume it goes on from the last checkpoint"),
+        (AttributeError("a bug"), 1, "Traceback"),
+    ):
+        monkeypatch.setattr(cppo, "train", lambda _, error=error: (_ for _ in ()).throw(error))
+        code, printed = command_line(monkeypatch, capsys)
+        assert code == status and says in printed and (printed.count("\n") == 1) == (status > 1)
 
 
 def test_ranks_must_divide_the_batch_and_not_be_more_than_the_gpus(monkeypatch):
@@ -279,18 +259,18 @@ def test_ranks_must_divide_the_batch_and_not_be_more_than_the_gpus(monkeypatch):
         cppo.init_distributed()
 
 
-@pytest.mark.parametrize("task", cppo.TASKS)
-def test_every_task_has_defaults_for_the_flags_that_need_one(task):
-    settings = asdict(Config(task=task))
+def test_every_task_has_defaults_for_the_flags_that_need_one():
     may_stay_none = {"model", "train_data", "test_data", "steps", "eval_questions"}
-    assert {name for name, value in settings.items() if value is None} <= may_stay_none
+    for task in cppo.TASKS:
+        settings = asdict(Config(task=task))
+        assert {name for name, value in settings.items() if value is None} <= may_stay_none
 
 
 # --- Sampling -------------------------------------------------------------------------------------
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "gpt2", "Qwen3Next", "Gemma3Text"])
+@pytest.mark.parametrize("family", ["Qwen2", "GPT2", "Qwen3Next", "Gemma3Text"])
 @pytest.mark.parametrize(("temperature", "eos_ids"), [(1.0, [1, 2, 5]), (0.7, [0, 6, 7])])
 def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
     model = tiny(family)
@@ -309,18 +289,6 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
         torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
 
 
-def test_a_completion_ends_with_its_first_eos_or_at_the_limit():
-    torch.manual_seed(0)
-    sampled = cppo.sample_completions(tiny("Qwen2"), PROMPTS, 16, 8, 1.0, [1, 2])
-    ends = Counter()
-    for ids, log_probs in sampled:
-        assert len(ids) == len(log_probs) <= 8
-        assert not {1, 2} & set(ids[:-1])
-        assert ids[-1] in (1, 2) or len(ids) == 8
-        ends[ids[-1] in (1, 2)] += 1
-    assert min(ends.values()) > 5  # both kinds were seen
-
-
 def test_completions_come_question_major_scored_by_their_own_question_in_any_chunks(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None)
     questions = cppo.encode_prompts([Question(f"1+{i}=", f"{i + 1}") for i in range(4)], tokenizer)
@@ -329,8 +297,8 @@ def test_completions_come_question_major_scored_by_their_own_question_in_any_chu
 
     def teach(_model, prompts, group_size, *_):  # right, right but not in form, cut off
         calls.append(len(prompts) * group_size)
-        texts = [(right[tuple(p)], right[tuple(p)][10:], "9") for p in prompts]
-        ids = [[*tokenizer(text).input_ids, 1] for group in texts for text in group]
+        texts = [text for p in prompts for text in (right[*p,], right[*p,][10:], "9")]
+        ids = [[*tokenizer(text).input_ids, 1] for text in texts]
         return [(x[:-1] if i % 3 == 2 else x, [0.0] * len(x)) for i, x in enumerate(ids)]
 
     monkeypatch.setattr(cppo, "sample_completions", teach)
@@ -340,8 +308,7 @@ def test_completions_come_question_major_scored_by_their_own_question_in_any_chu
         assert [c.prompt_ids for c in completions] == [
             q.prompt_ids for q in questions for _ in "GGG"
         ]
-        assert [c.reward for c in completions] == [3, 2, 0] * 4
-        assert [c.truncated for c in completions] == [False, False, True] * 4
+        assert [(c.reward, c.truncated) for c in completions] == [(3, 0), (2, 0), (0, 1)] * 4
     assert calls == [12, 6, 6, 3, 3, 3, 3]
 
 
@@ -362,24 +329,6 @@ def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
     assert len(shapes) == 3  # a forward pass a token, and none behind the last
 
 
-def chi_squared_p_value(chi_squared: float, degrees: int) -> float:
-    """How often a right sampler does worse: below 1e-3 for one seed in a thousand."""
-    return torch.special.gammaincc(torch.tensor(degrees / 2), torch.tensor(chi_squared / 2)).item()
-
-
-def test_tokens_are_drawn_as_often_as_the_model_says():
-    logits, temperature, draws = torch.tensor([2.0, 0.0, 1.0, -1.0, -math.inf, 0.5]), 0.8, 40_000
-    expected = (logits / temperature).softmax(-1) * draws
-    torch.manual_seed(0)
-    tokens, log_probs = cppo.sample_tokens(logits.expand(draws, -1), temperature)
-    counts = torch.bincount(tokens, minlength=6)
-    assert counts[4] == 0  # probability 0
-    possible = expected > 0
-    chi_squared = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
-    assert chi_squared_p_value(chi_squared, 5 - 1) > 1e-3
-    torch.testing.assert_close(log_probs, (logits / temperature).log_softmax(-1)[tokens])
-
-
 def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperature_0_from_one():
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     assert [x.tolist() for x in cppo.sample_tokens(logits[None], 0.0)] == [[1], [0.0]]
@@ -395,7 +344,7 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
 
 def test_whole_completions_are_drawn_as_often_as_the_model_says():
     # Two tokens after a ragged prompt: 16 sequences that end at the limit or at EOS = 0.
-    model, draws = tiny("gpt2", vocabulary=4), 8000
+    model, draws = tiny("GPT2", vocabulary=4), 8000
     torch.manual_seed(0)
     sampled = cppo.sample_completions(model, [[3], [2, 1, 3]], draws, 2, 1.5, [0])
     for prompt, group in (([3], sampled[:draws]), ([2, 1, 3], sampled[draws:])):
@@ -408,7 +357,8 @@ def test_whole_completions_are_drawn_as_often_as_the_model_says():
                 log_prob = naive_log_probs(model, Completion(prompt, list(ids)), 1.5).sum()
             expected = draws * log_prob.exp().item()
             chi_squared += (counts[ids] - expected) ** 2 / expected
-        assert chi_squared_p_value(chi_squared, len(outcomes) - 1) > 1e-3
+        degrees = torch.tensor((len(outcomes) - 1) / 2)  # a right sampler fails for 1 seed in 1000
+        assert torch.special.gammaincc(degrees, torch.tensor(chi_squared / 2)) > 1e-3
 
 
 # --- Rewards --------------------------------------------------------------------------------------
@@ -430,23 +380,15 @@ def test_answers_are_what_the_last_pair_of_tags_holds():
 
 REWARDS = [  # completion, right answer, format reward, accuracy reward
     # the form
-    (right_form("72"), "72", 1, 2), ("<think></think>\n<answer>72</answer>", "72", 1, 2),
-    ("<think>a\nb\n\nc</think>\n<answer>\n72\n</answer>", "72", 1, 2),
-    ("<think>hm</think><answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think> <answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\n\n<answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\r\n<answer>72</answer>", "72", 0, 2),
-    (" <think>hm</think>\n<answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\n<answer>72</answer>\n", "72", 0, 2),
-    ("<think>hm</think>\n<answer>72</answer> I am sure.", "72", 0, 2),
-    ("Well. <think>hm</think>\n<answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\n<answer>72", "72", 0, 0), ("<think>hm\n<answer>72</answer>", "72", 0, 2),
-    ("hm</think>\n<answer>72</answer>", "72", 0, 2), ("<answer>72</answer>", "72", 0, 2),
-    ("<answer>72</answer>\n<think>hm</think>", "72", 0, 2),
-    ("<think><think>hm</think>\n<answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\n<answer>71</answer>\n<answer>72</answer>", "72", 0, 2),
-    ("<think>hm</think>\n<answer>72</answer>\n<answer>71</answer>", "72", 0, 0),
-    ("<Think>hm</Think>\n<Answer>72</Answer>", "72", 0, 0), ("72", "72", 0, 0), ("", "72", 0, 0),
+    *[(text.replace("{", "<think>hm</think>").replace("}", "<answer>72</answer>"), "72", form, acc)
+      for text, form, acc in (
+        ("{\n}", 1, 2), ("<think></think>\n}", 1, 2), ("<think>a\nb\n\nc</think>\n}", 1, 2),
+        ("{}", 0, 2), ("{ }", 0, 2), ("{\n\n}", 0, 2), ("{\r\n}", 0, 2), (" {\n}", 0, 2),
+        ("{\n}\n", 0, 2), ("{\n} I am sure.", 0, 2), ("Well. {\n}", 0, 2), ("<think>hm\n}", 0, 2),
+        ("hm</think>\n}", 0, 2), ("}", 0, 2), ("}\n{", 0, 2), ("<think>{\n}", 0, 2),
+        ("{\n<answer>71</answer>\n}", 0, 2), ("{\n}\n<answer>71</answer>", 0, 0),
+        ("{\n<answer>72", 0, 0), ("<Think>hm</Think>\n<Answer>72</Answer>", 0, 0), ("72", 0, 0),
+    )],
     # no answer is never right
     ("", "", 0, 0), (right_form(""), "", 1, 0), (right_form(" "), "", 1, 0),
     (right_form("None"), "72", 1, 0),
@@ -476,26 +418,26 @@ def test_rewards_of_a_table_of_completions():
 
 
 @grades("answers")
-@pytest.mark.parametrize(
-    "piece",
-    [*cppo.TAGS, "<think></think>\n<answer>", *"<9-$.% {}\\", "1,", ",111", "0.", "\\boxed"],
-)
-def test_rewards_take_linear_time_on_a_megabyte_of_anything(piece):
+def test_rewards_take_linear_time_on_a_megabyte_of_anything():
     # Quadratic time would be 1e12 steps here: this test would not end.
-    flood = piece * (1_000_000 // len(piece))
-    for text in (flood, right_form(flood), right_form(flood + "x"), right_form("1" + flood + "x")):
-        cppo.format_reward(text)
-        cppo.accuracy_reward(text, "72")
-        cppo.accuracy_reward(right_form("72"), text)
-        cppo.boxed(text)
+    floods = [
+        *cppo.TAGS,
+        "<think></think>\n<answer>",
+        *"<9-$.% {}\\",
+        "1,",
+        ",111",
+        "0.",
+        "\\boxed",
+    ]
+    for flood in (piece * (1_000_000 // len(piece)) for piece in floods):
+        for text in (flood, right_form(flood + "x"), right_form("1" + flood + "x")):
+            cppo.format_reward(text)
+            cppo.accuracy_reward(text, "72")
+            cppo.accuracy_reward(right_form("72"), text)
+            cppo.boxed(text)
 
 
 # --- Advantages and pruning -----------------------------------------------------------------------
-def close(got: torch.Tensor, want, lesson: str):
-    want = torch.as_tensor(want, dtype=got.dtype)
-    assert torch.allclose(got, want, atol=1e-6), f"{lesson}: {want.tolist()}, not {got.tolist()}"
-
-
 def test_advantages_by_hand():
     # mean 1, deviations (2, 0, -1, -1), std = sqrt(6 / 3)
     rewards = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 3], [2, 0, 0, 0]], dtype=F64)
@@ -555,13 +497,9 @@ def fake_draw(rewards_of, calls=None):
     asked = itertools.count()
 
     def draw(questions):
-        if calls is not None:
-            calls.append(len(questions))
-        return [
-            Completion([1], [2, 3], accuracy_reward=float(r), log_probs=[0.0, 0.0])
-            for _ in questions
-            for r in rewards_of(next(asked))
-        ]
+        (calls if calls is not None else []).append(len(questions))
+        rewards = [r for _ in questions for r in rewards_of(next(asked))]
+        return [Completion([1], [2, 3], [0.0, 0.0], accuracy_reward=float(r)) for r in rewards]
 
     return draw
 
@@ -602,7 +540,7 @@ def test_refill_keeps_of_the_last_question_only_what_fits(by, last_one):
     ], lesson  # fmt: skip
 
 
-def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups():
+def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most():
     calls = []
     draw = fake_draw(lambda i: [0, 0, 0, 3] if i % 2 else [1, 1, 1, 1], calls)
     settings = config(group_size=4, pruning_rate=0.5, gamma=1e-6)
@@ -611,12 +549,11 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups():
     assert calls == [4, 2, 1, 1] and rounds == 4, lesson  # half of each round is dead
     assert len(rows) == 8 and len(sampled) == 8 * 4
     assert all(abs(row.advantage) > 0.4 for row in rows)
-
-
-def test_refill_of_rewards_that_floats_cannot_hold_still_sees_equal_ones_as_equal():
+    calls.clear()
     settings = config(group_size=10, pruning_rate=0.5, gamma=1e-6)
-    rows, *_ = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10), stream(), 5, settings)
+    rows, *_ = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10, calls), stream(), 8, settings)
     assert rows == [], "compute advantages in float64: the mean of 1.1s is not 1.1 in float32"
+    assert calls == [2] * 4
 
 
 def test_no_refill_asks_batch_over_G_questions_and_trains_on_k_of_each():
@@ -650,17 +587,6 @@ def test_masks_of_a_batch_by_hand():
     assert batch.predicts.int().tolist() == [[0, 1, 1, 0], [1, 1, 1, 0]], lesson
     assert batch.sampled_log_probs.tolist() == [[-0.5, -0.25, 0], [0, 0, 0]]
     assert batch.advantages.tolist() == [2, 0]
-
-
-@grades("masks")
-@pytest.mark.parametrize("family", ["Qwen2", "gpt2"])
-def test_log_probs_of_padded_rows_are_those_of_each_row_alone(family):
-    model, rows = tiny(family), some_rows(9)
-    log_probs = cppo.token_log_probs(model, cppo.make_batch(rows), temperature=1.3)
-    for i, row in enumerate(rows):
-        alone = naive_log_probs(model, row, temperature=1.3)
-        torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=1e-5)
-        assert (log_probs[i, len(alone) :] == 0).all()
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -716,21 +642,6 @@ def test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_com
     losses.sum().backward()
     third = pytest.approx(1 / 3)
     assert log_probs.grad.tolist() == [[-2.0, 0.0, 0.0], [third, third, third]], why
-
-
-def test_the_gradient_of_random_losses_is_the_papers_formula():
-    # 1/|o_i| [rho A_i + beta (pi_ref / pi_theta - 1)], its sign turned, where nothing is clipped
-    torch.manual_seed(0)
-    old, ref = -torch.rand(6, 5, dtype=F64), -torch.rand(6, 5, dtype=F64)
-    log_probs = (old + 0.1 * torch.rand(6, 5, dtype=F64)).requires_grad_()
-    advantages, lengths = torch.randn(6, dtype=F64), torch.tensor([1, 2, 3, 4, 5, 5])
-    mask = torch.arange(5) < lengths[:, None]
-    losses, _ = cppo.cppo_loss(log_probs, old, ref, advantages, mask, 0.2, 0.3)
-    losses.sum().backward()
-    with torch.no_grad():
-        ratio, ref_ratio = (log_probs - old).exp(), (ref - log_probs).exp()
-        want = -(ratio * advantages[:, None] + 0.3 * (ref_ratio - 1)) * mask / lengths[:, None]
-    torch.testing.assert_close(log_probs.grad, want)
 
 
 # --- Update ---------------------------------------------------------------------------------------
@@ -839,16 +750,6 @@ def test_update_reports_means_over_completions_and_iterations():
     assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("tokens_per_microbatch", [1, 15, 90])
-def test_update_gives_the_same_gradient_for_any_split_into_micro_batches(tokens_per_microbatch):
-    rows = some_rows(12)
-    whole = gradients_of_update(rows, tokens_per_microbatch=10**6)
-    split = gradients_of_update(rows, tokens_per_microbatch=tokens_per_microbatch)
-    assert max(g.abs().max() for g in whole) > 1e-2
-    for a, b in zip(whole, split, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
 SPLITS = 5, 12, 1  # of 12 rows, so many are the first rank's
 
 
@@ -880,27 +781,6 @@ def test_update_without_rows_leaves_the_weights_alone_even_with_momentum():
     assert set(cppo.update(model, model, *trainer, [], settings).values()) == {0}
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert trainer[1].last_epoch == 4  # the schedule goes on
-
-
-def test_a_gradient_that_is_not_finite_leaves_the_weights_alone():
-    model = tiny("Llama")
-    rows = some_rows(8)
-    rows[5].advantage = math.inf
-    before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(FloatingPointError):
-        cppo.update(model, tiny("Llama"), *plain_sgd(model), rows, config())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-def test_the_learning_rate_rises_for_the_warm_up_and_falls_along_a_cosine():
-    optimizer, schedule = cppo.make_optimizer(tiny("Llama"), 1.0, 20, config())
-    rates = []
-    for _ in range(21):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[:3] == [0.0, 0.5, 1.0]
-    assert rates[11] == pytest.approx(0.5) and rates[20] == pytest.approx(0)
 
 
 # --- Precision ------------------------------------------------------------------------------------
@@ -942,34 +822,6 @@ def test_the_sampler_is_a_rounded_copy_that_follows_the_policy_but_for_the_rotar
         assert torch.equal(x, buffers[name]) and x.dtype == buffers[name].dtype
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma", "gpt2"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_of_each_family_of_models_starts_at_ratio_1_and_moves(family, dtype):
-    model = tiny(family)
-    sampler, reference = cppo.copy_for(model, dtype), cppo.copy_for(model, dtype)
-    settings = config(group_size=4, pruning_rate=0.5, dtype=dtype, num_iterations=1)
-    torch.manual_seed(1)
-
-    def draw(questions):
-        prompts = [q.prompt_ids for q in questions]
-        sampled = cppo.sample_completions(sampler, prompts, 4, 10, 1.0, [1])
-        return [
-            Completion(prompts[i // 4], ids, lps, accuracy_reward=float(ids[0] % 3))
-            for i, (ids, lps) in enumerate(sampled)
-        ]
-
-    questions = iter([Question("", "", prompt_ids=p) for p in PROMPTS])
-    rows, sampled, _ = cppo.collect_batch(draw, questions, 8, settings)
-    before = copy.deepcopy(model.state_dict())
-    sums = cppo.update(model, reference, *plain_sgd(model), rows, settings)
-    metrics = metrics_of(rows, sampled, settings, sums)
-    assert metrics["grad_norm"] > 0 and len(rows) == 8 and metrics["clip_fraction"] == 0
-    assert metrics["sampling_gap"] < (1e-5 if dtype == "float32" else 0.05)
-    assert (metrics["sampling_gap"] > 1e-4) == (dtype == "bfloat16")  # bfloat16 has 3 digits
-    assert metrics["kl"] < (1e-6 if dtype == "float32" else 0.01)
-    assert any(not torch.equal(before[name], x) for name, x in model.state_dict().items())
-
-
 # --- Tasks ----------------------------------------------------------------------------------------
 def test_no_test_sum_is_a_training_sum_not_even_turned_round():
     train, test = (cppo.arithmetic_questions(None, split) for split in ("train", "test"))
@@ -979,16 +831,6 @@ def test_no_test_sum_is_a_training_sum_not_even_turned_round():
     numbers = [{frozenset(q.prompt[:-1].split("+")) for q in qs} for qs in (train, test)]
     assert not numbers[0] & numbers[1]
     assert all(int(q.prompt[:2]) + int(q.prompt[3:5]) == int(q.answer) for q in train + test)
-
-
-def test_the_teacher_is_always_in_format_and_right_unless_it_forgets_to_carry():
-    train = cppo.arithmetic_questions(None, "train")
-    carries = [int(q.prompt[1]) + int(q.prompt[4]) >= 10 for q in train]
-    right = [cppo.accuracy_reward(q.demonstration, q.answer) == 2 for q in train]
-    assert all(cppo.format_reward(q.demonstration) for q in train)
-    assert all(ok for ok, carry in zip(right, carries, strict=True) if not carry)
-    forgets = 1 - sum(ok for ok, c in zip(right, carries, strict=True) if c) / sum(carries)
-    assert 0.65 < forgets < 0.75
 
 
 gsm8k_questions = cppo.TASKS["gsm8k"].questions
@@ -1029,49 +871,39 @@ def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
     assert "final answer is: $\\boxed{ANSWER}$. I hope" in question.prompt[0]["content"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("data.jsonl", '{"question": "a"}\n', "row 1 lacks"),
-        ("data.jsonl", '{"answer": "1"}\n', "row 1 lacks"),
-        ("data.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
-        ("data.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
-        ("data.jsonl", '{"question": "a", "ans', "give a parquet"),
-        ("data.jsonl", "", "give a parquet"), ("data.csv", "question,answer\n", "no data"),
-        ("data.parquet", "PAR1 half", "give a parquet"), ("data.txt", "a", "give a parquet"),
-    ],
-)  # fmt: skip
-def test_a_bad_data_file_is_one_line_that_names_it(name, content, says, tmp_path):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=rf"--train_data .*{name}.*{says}"):
-        gsm8k_questions(str(tmp_path / name), "train")
+def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
+    for name, content, says in (
+        ("a.jsonl", '{"question": "a"}\n', "row 1 lacks"), ("a.csv", "question,answer\n", "no data"),
+        ("b.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("a.txt", "a", "give a parquet"),
+        ("c.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
+        ("d.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
+        ("e.jsonl", '{"question": "a", "ans', "give a parquet"), ("f.jsonl", "", "give a parquet"),
+        ("a.parquet", "PAR1 half", "give a parquet"),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=rf"--train_data .*{name}.*{says}"):
+            gsm8k_questions(str(tmp_path / name), "train")
 
 
-@pytest.mark.parametrize(
-    ("text", "inside"),
-    [
+def test_what_a_box_holds():
+    for text, inside in (
         (r"so $\boxed{42}$.", "42"), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed 5$ x", "5"),
         (r"\boxed{\frac{1}{\sqrt{2}}} }", r"\frac{1}{\sqrt{2}}"), (r"\fbox{ 3 }", "3"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"),
         (r"\boxed{1", None), ("42", None), ("", None), (r"\boxed{}", None), (r"\boxed", None),
-        (r"\boxed{ }", None), (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}",
-                                r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-    ],
-)  # fmt: skip
-def test_what_a_box_holds(text, inside):
-    assert cppo.boxed(text) == inside
+        (r"\boxed{ }", None), (r"\boxed{\\{ 1 \\ 2 }", None),
+    ):  # fmt: skip
+        assert cppo.boxed(text) == inside, text
 
 
 @pytest.fixture
 def math_verify(tmp_path, monkeypatch):
     """A stand-in for the package, which knows that a half is 0.5."""
     code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package/math_verify.py").write_text(code)
-    module = types.ModuleType("math_verify")
-    exec(code, vars(module))
-    monkeypatch.setitem(sys.modules, "math_verify", module)
-    return str(tmp_path / "package")
+    (tmp_path / "math_verify.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
+    return str(tmp_path)
 
 
 def test_the_math_reward_is_2_for_the_same_expression_and_its_package_is_missed_before_all_else(
@@ -1104,75 +936,55 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
 
 
 def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another_order():
-    questions = [Question(str(i), "0") for i in range(10)]
-    ranks = [cppo.question_stream(questions, 42, rank, 3) for rank in range(3)]
-    shares = (4, 3, 3)  # 10 cards, 3 players
-    epochs = [
-        [q.prompt for r, n in zip(ranks, shares, strict=True) for q in itertools.islice(r, n)]
-        for _ in range(2)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == [str(i) for i in range(10)]
-    assert epochs[0] != epochs[1]
+    ranks = [cppo.question_stream(range(10), 42, rank, 3) for rank in range(3)]
+    deal = list(zip(ranks, (4, 3, 3), strict=True))  # 10 cards, 3 players
+    first, second = ([q for r, n in deal for q in itertools.islice(r, n)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
 # --- Models ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer*", "config.json", "EOS"])
-def test_a_model_folder_that_lacks_a_part_is_a_users_mistake(missing, tmp_path, monkeypatch):
-    save_tiny_model(tmp_path)
-    cppo.load_model_and_tokenizer(str(tmp_path))
-    for file in tmp_path.glob(missing):
-        file.unlink()
-    if missing == "EOS":
-        _, tokenizer = cppo.tiny_model_and_tokenizer()
-        tokenizer.eos_token = None
-        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
-    with pytest.raises(UserError, match=r"--model .*: give a hub name, or a folder that"):
-        cppo.load_model_and_tokenizer(str(tmp_path))
-
-
-def test_a_completion_may_end_with_any_of_the_models_eos_tokens(tmp_path):
-    save_tiny_model(tmp_path)
+def test_a_model_folder_that_lacks_a_part_is_a_users_mistake_and_all_eos_tokens_are_known(
+    tmp_path, monkeypatch
+):  # fmt: skip
+    for missing in ("model.safetensors", "tokenizer*", "config.json"):
+        for file in save_tiny_model(tmp_path / missing.strip("*")).glob(missing):
+            file.unlink()
+        with pytest.raises(UserError, match="--model .*: give a hub name, or a folder that save"):
+            cppo.load_model_and_tokenizer(str(tmp_path / missing.strip("*")))
+    folder = save_tiny_model(tmp_path)
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        shape = (tmp_path / "config.json").read_text()
-        shape = re.sub(r'"eos_token_id": .*,', '"eos_token_id": null,', shape)
-        (tmp_path / "config.json").write_text(shape)
-        model, _ = cppo.load_model_and_tokenizer(str(tmp_path))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        model, tokenizer = cppo.load_model_and_tokenizer(str(folder))
         assert model.generation_config.eos_token_id == want and not model.training
+    tokenizer.eos_token = None
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
+    with pytest.raises(UserError, match="no EOS token"):
+        cppo.load_model_and_tokenizer(str(folder))
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
 def test_evaluation_scores_every_question_once_and_averages_over_the_samples(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None)
-    test = cppo.encode_prompts(cppo.arithmetic_questions(None, "test")[:37], tokenizer)
+    test = [Question("", "9", prompt_ids=[i]) for i in range(37)]
     right, wrong = (tokenizer(f"<answer>{x}</answer>").input_ids for x in (9, 8))
-    for question in test:
-        question.answer = "9"
     calls = []
 
-    def teach(_model, prompts, group_size, _limit, temperature, _eos, top_p):
-        calls.append((len(prompts), group_size, temperature, top_p, torch.rand(1).item()))
-        return [
-            (right if q % 3 and s == 0 else wrong, [0.0])
-            for q in range(len(prompts))
-            for s in range(group_size)
-        ]
+    def teach(_model, prompts, G, _limit, temperature, _eos, top_p):
+        calls.append((len(prompts), G, temperature, top_p, torch.rand(1).item()))
+        return [(right if p[0] % 3 and not i else wrong, [0.0]) for p in prompts for i in range(G)]
 
     monkeypatch.setattr(cppo, "sample_completions", teach)
-    score = cppo.evaluate(tokenizer, test, 0, 1, config(), model)
-    assert score["eval_accuracy"] == 24 / 37 and score["eval_questions"] == 37
-    several = config(eval_samples=4, sample_batch=80)
-    score = cppo.evaluate(tokenizer, test, 0, 1, several, model)
-    assert score["eval_accuracy"] == pytest.approx((13 + 11) / 37 / 4)
+    for n in (1, 4):
+        score = cppo.evaluate(tokenizer, test, 0, 1, config(eval_samples=n, sample_batch=80), model)
+        assert (
+            score["eval_accuracy"] == pytest.approx(24 / 37 / n) and score["eval_questions"] == 37
+        )
     for rank in range(3):
         cppo.evaluate(tokenizer, test, rank, 3, config(), model)
-    assert [call[:4] for call in calls] == [
-        (37, 1, 0.0, 1.0), (20, 4, 0.6, 0.95), (17, 4, 0.6, 0.95),
-        (13, 1, 0.0, 1.0), (12, 1, 0.0, 1.0), (12, 1, 0.0, 1.0),
-    ]  # fmt: skip
-    assert (
-        calls[0][4] == calls[3][4] != calls[4][4]
-    )  # each evaluation draws its rank's same numbers
+    sizes = [(37, 1), (20, 4), (17, 4), (13, 1), (12, 1), (12, 1)]
+    sampling = {1: (0.0, 1.0), 4: (0.6, 0.95)}
+    assert [call[:4] for call in calls] == [(Q, G, *sampling[G]) for Q, G in sizes]
+    assert calls[0][4] == calls[3][4] != calls[4][4]  # each evaluation draws its rank's numbers
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -1187,35 +999,48 @@ def resumed(folder: Path, world_size=1, **changes) -> dict:
     return cppo.load_state(folder, config(resume=True, **changes), world_size)
 
 
-def test_the_newest_two_checkpoints_stay_and_that_of_step_0(tmp_path):
+def test_the_newest_two_checkpoints_stay_and_that_of_step_0_and_resume_wants_the_same_settings(
+    tmp_path,
+):
     for step in (0, 2, 4, 10):
         save(tmp_path, step)
-    assert [p.name for p in cppo.find_checkpoints(tmp_path)] == [
-        "checkpoint-0", "checkpoint-4", "checkpoint-10"
-    ]  # fmt: skip
-    state = resumed(tmp_path)
+    steps = [int(path.name[11:]) for path in cppo.find_checkpoints(tmp_path)]
+    assert steps == [0, 4, 10]
+    state = resumed(tmp_path, output_dir="elsewhere", save_every=7, eval_every=3, sample_batch=99)
     assert state["step"] == 10 and state["path"] == tmp_path / "checkpoint-10"
     assert (state["path"] / "metrics.jsonl").read_text() == '{"step": 10}\n'
     assert resumed(tmp_path / "nothing") == {} == cppo.load_state(tmp_path, config(), 1)
+    with pytest.raises(UserError, match="--resume: ranks was 1 in that run and is now 2"):
+        resumed(tmp_path, world_size=2)
+    with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
+        resumed(tmp_path, beta=0.0)
 
 
-@pytest.mark.parametrize("call", ["torch.save", "shutil.copy", "Path.rename", "shutil.rmtree"])
-def test_a_crash_while_saving_leaves_a_whole_checkpoint(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize("owner", ["torch.save", "shutil.copy", "Path.rename", "full disk"])
+def test_a_crash_or_a_full_disk_while_saving_leaves_a_whole_checkpoint(
+    owner, tmp_path, monkeypatch
+):
     for step in (0, 1, 2):
         save(tmp_path, step)
-
-    def crash(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        owner, name = call.split(".")
-        patch.setattr(getattr(cppo, owner), name, crash)
-        save(tmp_path, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)) as stop:
+        if owner == "full disk":  # no file may be larger than a megabyte
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        else:
+            owner, name = owner.split(".")
+            stopped = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+            patch.setattr(getattr(cppo, owner), name, stopped)
+        try:
+            save(tmp_path, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if owner == "full disk":
+        assert "checkpoint-3 cannot be written, those before it stay" in str(stop.value)
     state = resumed(tmp_path)
-    assert state["step"] == (3 if call == "shutil.rmtree" else 2)  # the renamed one is whole
+    assert state["step"] == 2
     cppo.load_model_and_tokenizer(str(state["path"]))
-    save(tmp_path, 3) if state["step"] == 2 else save(tmp_path, 4)
-    assert resumed(tmp_path)["step"] > state["step"]
+    save(tmp_path, 3)
+    assert resumed(tmp_path)["step"] == 3 and not any(tmp_path.glob("*.tmp"))
 
 
 def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_path):
@@ -1230,60 +1055,42 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_p
     assert not (tmp_path / "hacked").exists()
 
 
-def test_a_run_goes_on_only_with_the_ranks_and_the_settings_that_it_began_with(tmp_path):
-    save(tmp_path, step=1)
-    resumed(tmp_path, output_dir="elsewhere", save_every=7, eval_every=3, sample_batch=99)
-    with pytest.raises(UserError, match="--resume: ranks was 1 in that run and is now 2"):
-        resumed(tmp_path, world_size=2)
-    with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
-        resumed(tmp_path, beta=0.0)
-
-
 # --- Short runs in this process -------------------------------------------------------------------
 SHORT = dict(warm_start_steps=0, batch_size=8, eval_questions=0, max_completion_tokens=4)
 
 
-def test_a_batch_of_dead_groups_trains_on_nothing_says_so_and_goes_on(tmp_path):
-    folder = tmp_path / "run"
-    cppo.train(config(output_dir=str(folder), steps=2, gamma=1e-3, **SHORT))
+def test_with_gamma_dead_groups_train_nothing_and_no_question_comes_twice_even_after_a_resume(
+    tmp_path, monkeypatch
+):  # fmt: skip
+    asked, real, folder = [], cppo.rollout, tmp_path / "run"
+    monkeypatch.setattr(cppo, "rollout", lambda *a: (asked.extend(a[-1]), real(*a))[1])
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
+    settings = config(
+        output_dir=str(folder), gamma=1e-3, save_every=1, steps=3, resume=True, **SHORT
+    )
+    cppo.train(settings)
+    cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
+    assert len(asked) == 3 * 16 * 4
+    del asked[2 * 16 * 4 :]
+    cppo.train(settings)
+    prompts = [question.prompt for question in asked]
+    assert len(prompts) == 3 * 16 * 4 == len(set(prompts))
     _, *steps = read_metrics(folder)  # random weights: no reward at all
-    assert [step["step"] for step in steps] == [1, 2]
+    assert [step["step"] for step in steps] == [1, 2, 3]
     for step in steps:
         assert step["kept"] == 0 and step["dead_groups"] == step["questions"] == 16
         assert step["refill_rounds"] == 4 and step["loss"] is step["grad_norm"] is None
-    assert steps[1]["epoch"] == 32 / 2560
-
-
-def test_with_gamma_no_question_is_asked_twice_in_an_epoch_not_even_after_a_resume(
-    tmp_path, monkeypatch
-):  # fmt: skip
-    asked, real = [], cppo.rollout
-    monkeypatch.setattr(cppo, "rollout", lambda *a: (asked.extend(a[-1]), real(*a))[1])
-    settings = dict(output_dir=str(tmp_path / "run"), gamma=1e-3, save_every=1, steps=3, **SHORT)
-    cppo.train(config(**settings))
-    for path in cppo.find_checkpoints(tmp_path / "run")[2:]:
-        cppo.shutil.rmtree(path)  # it was killed after step 2
-    assert len(asked) == 48
-    del asked[32:]
-    cppo.train(config(**settings, resume=True))
-    prompts = [question.prompt for question in asked]
-    assert len(prompts) == 48 == len(set(prompts))
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 1, 2, 3]
 
 
 def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_path, monkeypatch):
     real, calls = cppo.group_advantages, itertools.count(1)
-    monkeypatch.setattr(
-        cppo, "group_advantages", lambda r: real(r) + (math.inf if next(calls) == 2 else 0)
-    )
-    settings = config(output_dir=str(tmp_path / "run"), steps=3, save_every=1, **SHORT)
+    infinite = lambda r: real(r) + (math.inf if next(calls) == 2 else 0)  # noqa: E731
+    monkeypatch.setattr(cppo, "group_advantages", infinite)
     with pytest.raises(UserError, match="step 2: lower --learning_rate in a new run: the grad"):
-        cppo.train(settings)
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 1]
-    cppo.load_model_and_tokenizer(str(tmp_path / "run/checkpoint-1"))
-
-
-def test_a_warm_start_whose_gradient_is_not_finite_says_what_to_lower(tmp_path, monkeypatch):
+        cppo.train(config(output_dir=str(tmp_path), steps=3, save_every=1, **SHORT))
+    assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1]
+    cppo.load_model_and_tokenizer(str(tmp_path / "checkpoint-1"))
     monkeypatch.setattr(cppo, "token_mean", lambda values, mask: values.sum(1) * math.nan)
     with pytest.raises(UserError, match="lower --warm_start_learning_rate"):
         cppo.train(config(output_dir=str(tmp_path / "run"), **SHORT | dict(warm_start_steps=2)))
@@ -1292,25 +1099,18 @@ def test_a_warm_start_whose_gradient_is_not_finite_says_what_to_lower(tmp_path, 
 def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None)
     questions = cppo.encode_prompts(cppo.arithmetic_questions(None, "train")[:32], tokenizer)
-    before = [p.detach().clone() for p in model.parameters()]
-    naive = copy.deepcopy(model)
+    start, naive = copy.deepcopy(model), copy.deepcopy(model)
     monkeypatch.setattr(cppo, "make_optimizer", lambda policy, *_: plain_sgd(policy))
     settings = config(warm_start_steps=1, max_grad_norm=1e9)
     cppo.warm_start(model, tokenizer, iter(questions), settings, 1)
-    loss = 0.0
     for question in questions:
         ids = [*tokenizer(question.demonstration).input_ids, tokenizer.eos_token_id]
-        loss = loss - naive_log_probs(naive, Completion(question.prompt_ids, ids), 1.0).mean() / 32
-    loss.backward()
-    for p, start, q in zip(model.parameters(), before, naive.parameters(), strict=True):
-        torch.testing.assert_close(start - p, q.grad, rtol=1e-4, atol=1e-5)
-
-
-def test_without_a_kl_term_no_reference_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(cppo, "copy_for", None)  # in float32 the reference is the only copy
-    cppo.train(config(output_dir=str(tmp_path / "run"), steps=1, beta=0.0, **SHORT))
-    with pytest.raises(TypeError):
-        cppo.train(config(output_dir=str(tmp_path / "other"), steps=1, **SHORT))
+        row = Completion(question.prompt_ids, ids)
+        (-naive_log_probs(naive, row, 1.0).mean() / 32).backward()
+    for p, before, q in zip(
+        model.parameters(), start.parameters(), naive.parameters(), strict=True
+    ):
+        torch.testing.assert_close(before - p, q.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- Exercises that cppo.py does not answer, and what their graders must catch --------------------
@@ -1357,20 +1157,13 @@ def test_clip_higher_lifts_the_upper_bound_alone():
     torch.manual_seed(0)
     old, ref = torch.randn(2, 6, 5, dtype=F64)
     log_probs = (old + 0.4 * torch.randn(6, 5, dtype=F64)).requires_grad_()
-    A, lengths = torch.randn(6, dtype=F64), [1, 2, 3, 4, 5, 5]
-    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    A, lengths = torch.randn(6, dtype=F64), torch.tensor([1, 2, 3, 4, 5, 5])
+    mask = torch.arange(5) < lengths[:, None]
     losses, statistics = loss(log_probs, old, ref, A, mask, 0.1, 0.04, 0.3)
-    want, held, divergence = (torch.zeros(6, dtype=F64) for _ in range(3))
-    for i, length in enumerate(lengths):
-        for t in range(length):
-            rho, log_ref = torch.exp(log_probs[i, t] - old[i, t]), ref[i, t] - log_probs[i, t]
-            kl, clipped = torch.exp(log_ref) - log_ref - 1, rho.clamp(0.9, 1.3) * A[i]
-            want[i] -= (torch.minimum(rho * A[i], clipped) - 0.04 * kl) / length
-            held[i] += (clipped < rho * A[i]) / length
-            divergence[i] += kl.detach() / length
+    want, means = wrong_loss("nothing")(log_probs, old, ref, A, mask, 0.1, 0.04, 0.3)
     close(losses, want.detach(), "KL, 1/|o_i| and bounds that are given, as in cppo_loss")
-    close(statistics["kl"], divergence, "kl: the mean over a completion's own tokens")
-    close(statistics["clip_fraction"], held, "clip_fraction: the share of tokens held")
+    for name in ("kl", "clip_fraction"):
+        close(statistics[name], means[name], f"{name}: the mean over a completion's own tokens")
     gradients = (torch.autograd.grad(x.sum(), log_probs)[0] for x in (losses, want))
     close(*gradients, "the gradient flows through rho and KL")
 
@@ -1393,10 +1186,6 @@ def top(score: torch.Tensor, k: int) -> torch.Tensor:
 
 def prune_the_batch(advantages, k, gamma=0.0, by=""):
     return top(advantages.abs().flatten(), k * len(advantages)).view_as(advantages)
-
-
-def prune_above_the_kth(advantages, k, gamma=0.0, by=""):
-    return advantages.abs() >= advantages.abs().topk(k, dim=1).values[:, -1:].clamp(min=gamma)
 
 
 def wrong_loss(fault: str):
@@ -1423,17 +1212,15 @@ def wrong_batch(fault: str):
     def make_batch(rows, device="cpu"):
         batch = RIGHT["make_batch"](rows, device)
         for i, row in enumerate(rows):
-            n, start = len(row.token_ids), len(row.prompt_ids)
+            n = len(row.token_ids)
             if fault == "EOS":
                 batch.mask[i, n - 1] = False
             elif fault == "value":
                 batch.mask[i, :n] = torch.tensor(row.token_ids) != 0
             elif fault == "padding":
                 batch.mask[i] = True
-            elif fault == "shift":
+            else:
                 batch.predicts[i] = batch.predicts[i].roll(1)
-            elif fault == "prompt":
-                batch.predicts[i, :start] = True
         return batch
 
     return make_batch
@@ -1447,7 +1234,7 @@ def wrong_refill(fault: str):
             group = draw(list(itertools.islice(stream, Q)))
             A = cppo.group_advantages(torch.tensor([c.reward for c in group]).double().view(-1, G))
             mask, last_k = cppo.prune(A, k, config.gamma), room - len(rows) - (Q - 1) * k
-            if last_k < k and fault not in ("GRPO", "overfull", "first come", "across questions"):
+            if last_k < k and fault not in ("GRPO", "overfull", "first come"):
                 mask[-1:] = cppo.prune(A[-1:], last_k, config.gamma)
             if fault == "unpaired":
                 A = A.T.reshape(A.shape)
@@ -1459,8 +1246,6 @@ def wrong_refill(fault: str):
                 for c, a in zip(new, cppo.group_advantages(rewards).flatten(), strict=True):
                     c.advantage = float(a)
             rows, sampled, rounds = rows + new, sampled + group, rounds + 1
-        if fault == "across questions" and len(rows) > room:
-            rows = sorted(rows, key=lambda c: -abs(c.advantage))
         return (rows if fault == "overfull" else rows[:room]), sampled, rounds
 
     return collect_batch
@@ -1469,30 +1254,23 @@ def wrong_refill(fault: str):
 GRADERS = {
     "extract_answer": [test_answers_are_what_the_last_pair_of_tags_holds],
     "group_advantages": [test_advantages_by_hand],
-    "prune": [
-        test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question,
-        test_pruning_breaks_ties_to_the_lowest_index,
-        test_pruning_with_gamma_keeps_at_most_k_and_none_below_it,
-    ],
+    "prune": [test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question,
+              test_pruning_breaks_ties_to_the_lowest_index],
     "make_batch": [test_masks_of_a_batch_by_hand],
-    "cppo_loss": [
-        test_the_clipped_loss_and_its_gradient_by_hand,
-        test_the_kl_term_of_the_loss_and_its_gradient_by_hand,
-        test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions,
-    ],
+    "cppo_loss": [test_the_clipped_loss_and_its_gradient_by_hand,
+                  test_the_kl_term_of_the_loss_and_its_gradient_by_hand,
+                  test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions],
     "collect_batch": [
         test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times_the_questions,
         lambda: test_refill_keeps_of_the_last_question_only_what_fits("abs_advantage", 3),
-        test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups,
-    ],
+        test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most],
     "max_variance": [test_max_variance_keeps_the_k_rewards_of_a_question_that_differ_most],
     "clip_higher_loss": [test_clip_higher_lifts_the_upper_bound_alone],
     "dr_grpo_advantages": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
     "dr_grpo_token_mean": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
-}
+}  # fmt: skip
 MISTAKES = [  # function, a plausible mistake in it, what the grader must say
     ("extract_answer", lambda t: t.partition("<answer>")[2].partition("</answer>")[0], "the last"),
-    ("extract_answer", lambda t: (re.findall("(?s)<answer>(.*)</answer>", t) or [None])[0], "last"),
     ("extract_answer", lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1], "sign"),
     ("extract_answer", lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(), "None"),
     ("extract_answer",
@@ -1501,37 +1279,30 @@ MISTAKES = [  # function, a plausible mistake in it, what the grader must say
     ("group_advantages",
      lambda r: (r - r.mean(1)[:, None]) / (r.std(1, unbiased=False)[:, None] + 1e-4), "G - 1"),
     ("group_advantages", lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "equal rewards"),
-    ("group_advantages", lambda r: r - r.mean(1)[:, None], r"std sqrt\(6 / 3\)"),
     ("prune", lambda a, k, gamma=0.0, by="": top(a, k), "not A: the worst teach as much"),
     ("prune", prune_the_batch, "each question keeps k"),
-    ("prune", prune_above_the_kth, "exactly k stay"),
     ("prune", lambda a, k, gamma=0.0, by="": RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
-    ("prune", lambda a, k, gamma=0.0, by="": RIGHT["prune"](a, k) & (a.abs() > gamma), "A = 0"),
     ("make_batch", wrong_batch("EOS"), "EOS is trained"),
     ("make_batch", wrong_batch("value"), "EOS is trained"),
     ("make_batch", wrong_batch("padding"), "padding is no token"),
     ("make_batch", wrong_batch("shift"), "predict the next one"),
-    ("make_batch", wrong_batch("prompt"), "begins at the prompt's last token"),
     ("cppo_loss", wrong_loss("no min"), "min leaves it free"),
     ("cppo_loss", wrong_loss("sign"), "the loss is minus"),
     ("cppo_loss", wrong_loss("log ratio"), "never below 0"),
     ("cppo_loss", wrong_loss("no KL gradient"), "its gradient flows through"),
     ("cppo_loss", wrong_loss("padding"), "padding left out"),
-    ("cppo_loss", wrong_loss("all tokens"), "a completion's own tokens"),
     ("collect_batch", wrong_refill("GRPO"), "takes 4 questions"),
     ("collect_batch", wrong_refill("kept only"), "before any is pruned"),
     ("collect_batch", wrong_refill("unpaired"), "stays with its completion"),
     ("collect_batch", wrong_refill("overfull"), "never more rows"),
     ("collect_batch", wrong_refill("one round"), "round after round"),
     ("collect_batch", wrong_refill("first come"), "not those that come first"),
-    ("collect_batch", wrong_refill("across questions"), "the others keep all k|its best"),
     ("max_variance", lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
     ("max_variance", lambda r, k: top(r, k), "most variance"),
     ("max_variance", lambda r, k: top(r, k - k // 2) | top(-r, k // 2), "for the best i"),
     ("clip_higher_loss", wrong_loss("symmetric"), r"up to 1 \+ eps_high"),
     ("clip_higher_loss", wrong_loss("swapped"), r"up to 1 \+ eps_high"),
     ("clip_higher_loss", wrong_loss("both sides"), "the lower bound stays"),
-    ("clip_higher_loss", wrong_loss("no min"), "free to come back"),
     ("clip_higher_loss", wrong_loss("no KL gradient"), "flows through rho and KL"),
     ("dr_grpo_advantages", RIGHT["group_advantages"], "and no more"),
     ("dr_grpo_advantages", lambda r: r - r.mean(), "each question's G"),
@@ -1604,62 +1375,41 @@ def test_the_main_job_learns_to_carry(tmp_path):
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "480 questions, 0.0"):
         assert line in result.stdout
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
-    # the checkpoint is a Hugging Face folder that answers sums
-    model, tokenizer = (
-        auto.from_pretrained(tmp_path / "run/checkpoint-60")
-        for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
-    )
-    sums = cppo.arithmetic_questions(None, "test")[:16]
-    ids = tokenizer([question.prompt for question in sums], return_tensors="pt").input_ids
-    texts = tokenizer.batch_decode(model.generate(ids, max_new_tokens=32))
-    answers = [cppo.extract_answer(text) for text in texts]
-    assert sum(a == q.answer for a, q in zip(answers, sums, strict=True)) >= 12
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-60")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint-60").eos_token_id
 
 
 @pytest.mark.slow
-def test_gsm8k_trains_a_model_folder_on_files_in_its_chat_template_for_an_epoch(tmp_path):
-    _, tokenizer = cppo.tiny_model_and_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content[-12:] }}{% endfor %}"
-        "{% if add_generation_prompt %}={% endif %}"
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_a_model_folder_trains_on_files_in_its_chat_template_for_an_epoch_and_is_evaluated_alone(
+    task, math_verify, tmp_path
+):
+    model, file, folder = (
+        save_tiny_model(tmp_path / "model"),
+        tmp_path / "a.jsonl",
+        tmp_path / "run",
     )
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny("Llama").save_pretrained(tmp_path / "model")
-    rows = [{"question": f"{i} + {i}", "answer": f"{2 * i}"} for i in range(10, 22)]
-    rows.append({"question": "0123456789+0", "answer": "1"})
-    file = tmp_path / "long.jsonl"
+    template = "{% for m in messages %}{{ m.content[-12:] }}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
+    rows.append({"problem": "0123456789+0", "solution": "#### 1"})
     file.write_text("\n".join(map(json.dumps, rows)))
+    common = ("--task", task, "--model", model, "--test_data", file, "--output_dir", folder,
+              "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
-        "--model", tmp_path / "model", "--train_data", file, "--test_data", file,
-        "--output_dir", tmp_path / "run", "--batch_size", 8, "--group_size", 4,
-        "--pruning_rate", 0.5, "--max_completion_tokens", 8, "--max_prompt_tokens", 16,
-        "--warm_start_steps", 1, "--dtype", "bfloat16",
+        *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
+        "--max_prompt_tokens", 16, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "gsm8k, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
-    _, before, *steps, after = read_metrics(tmp_path / "run")
+    assert f"{task}, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
+    _, before, *steps, after = read_metrics(folder)
     assert before["eval_questions"] == after["eval_questions"] == 13  # none is left out here
     assert [s["epoch"] for s in steps] == [1 / 3, 2 / 3, 1.0]  # --steps unset: one epoch
     assert all(0 < s["sampling_gap"] < 0.05 for s in steps)
-
-
-@pytest.mark.slow
-def test_the_math_task_trains_and_evaluates_with_samples_and_writes_nothing(math_verify, tmp_path):
-    file, model = tmp_path / "math.jsonl", save_tiny_model(tmp_path / "model")
-    rows = [{"problem": f"{i} + 1", "solution": f"It is $\\boxed{{{i + 1}}}$."} for i in range(8)]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    both = dict(task="math", model=str(model), test_data=str(file), eval_samples=4,
-                max_completion_tokens=8)  # fmt: skip
-    settings = Config(**both, train_data=str(file), output_dir=str(tmp_path / "run"), batch_size=8,
-                      group_size=4, max_prompt_tokens=999, steps=1)  # fmt: skip
-    cppo.train(settings)
-    _, before, step, after = read_metrics(tmp_path / "run")
-    assert step["kept"] == 8 and before["eval_questions"] == after["eval_questions"] == 8
-    files = sorted(tmp_path.rglob("*"))
-    flags = [x for name, value in both.items() for x in (f"--{name}", value)]
-    alone = run(*flags, "--eval_only", "--output_dir", tmp_path / "run", PYTHONPATH=math_verify)
-    assert "cppo: 0.0% of 8 test questions right" in alone.stdout, alone.stderr
-    assert [f for f in sorted(tmp_path.rglob("*")) if "pycache" not in str(f)] == files
+    files = sorted(folder.rglob("*"))
+    alone = run(*common, "--eval_only", "--eval_samples", 4, PYTHONPATH=math_verify)
+    assert "% of 13 test questions right" in alone.stdout, alone.stderr
+    assert sorted(folder.rglob("*")) == files
 
 
 @pytest.mark.slow
@@ -1745,27 +1495,15 @@ def has_step(folder: Path, step: int):
     return lambda: file.exists() and line in file.read_text()
 
 
-def written_after(file: Path, moment: float) -> bool:
-    return file.exists() and file.stat().st_mtime > moment
-
-
-def has_more(folder: Path, known: set[Path]) -> bool:
-    return bool(set(folder.glob("checkpoint-*")) - known)
-
-
 @pytest.mark.slow
-def test_the_same_command_gives_the_same_run_bit_for_bit(whole_run, tmp_path):
+def test_the_same_command_gives_the_same_run_bit_for_bit_and_two_ranks_share_it(
+    whole_run, tmp_path
+):
     assert run("--output_dir", tmp_path / "a", *RUN).returncode == 0
     assert_equal_runs(whole_run(1), tmp_path / "a")
-
-
-@pytest.mark.slow
-def test_two_ranks_share_the_batch_and_the_test_questions(whole_run):
     _, before, *steps, after = read_metrics(whole_run(2))
-    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     assert before["eval_questions"] == after["eval_questions"] == 32
-    assert all(s["kept"] == 32 and s["questions"] == 16 for s in steps)
-    assert max(step["sampling_gap"] for step in steps) < 1e-4
+    assert all(s["kept"] == 32 and s["questions"] == 16 and s["sampling_gap"] < 1e-4 for s in steps)
 
 
 @pytest.mark.slow
@@ -1776,53 +1514,46 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
     print("seed", seed)  # shown if it fails
     rng, killed, saving, folder = random.Random(seed), 0, 0, tmp_path / "0"
     while True:
-        known = set(folder.glob("checkpoint-*"))
+        known, begun = set(folder.glob("checkpoint-*")), time.time()
         process = start_process(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
         if killed < kills:
-            begun = time.time()
-            # importing torch is not what this is about
-            wait_for(process, functools.partial(written_after, folder / "metrics.jsonl", begun))
+            metrics = folder / "metrics.jsonl"  # importing torch is not what this is about
+            wait_for(process, lambda m=metrics, t=begun: m.exists() and m.stat().st_mtime > t)
+            if killed % 2 == 0:  # while saving: model, tokenizer, state, fsync and rename
+                wait_for(process, lambda f=folder, k=known: set(f.glob("checkpoint-*")) - k)
             everyone = family_of(process)
-            if killed % 2:
-                time.sleep(rng.uniform(0, 1))
-            else:  # while saving: model, tokenizer, state, fsync and rename take some 30 ms
-                wait_for(process, functools.partial(has_more, folder, known))
-                time.sleep(rng.uniform(0, 0.02))
+            time.sleep(rng.uniform(0, 1 if killed % 2 else 0.02))
             if process.poll() is None:
+                saving += any(folder.glob("checkpoint-*.tmp"))
                 for pid in everyone:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 killed += 1
-                saving += any(folder.glob("checkpoint-*.tmp"))
         output = process.communicate(timeout=100)
+        assert process.returncode in (0, -signal.SIGKILL), output
         if process.returncode == 0:
             assert_equal_runs(whole_run(ranks), folder)
             if killed >= kills:
                 break
             folder = tmp_path / str(killed)
-        else:
-            assert process.returncode == -signal.SIGKILL, output
     print(f"{killed} kills, {saving} of them while saving")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("accident", "says"),
-    [
+def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(tmp_path):
+    for i, (accident, says) in enumerate((
         ("raise RuntimeError('boom')", "RuntimeError: boom"),
         ("return real(r) + float('inf')", "cppo.py: step 1: lower --learning_rate"),
-    ],
-)
-def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(accident, says, tmp_path):
-    script = tmp_path / "accident.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
-        f"real = cppo.group_advantages\ndef accident(r):\n    {accident}\n"
-        "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
-    )
-    result = run(*RUN, "--output_dir", tmp_path / "run", script=[str(script)], ranks=2)
-    assert result.returncode != 0 and says in result.stderr
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 0]
+    )):  # fmt: skip
+        script = tmp_path / f"accident{i}.py"
+        script.write_text(
+            f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
+            f"real = cppo.group_advantages\ndef accident(r):\n    {accident}\n"
+            "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
+        )
+        result = run(*RUN, "--output_dir", tmp_path / str(i), script=[str(script)], ranks=2)
+        assert result.returncode != 0 and says in result.stderr
+        assert [m["step"] for m in read_metrics(tmp_path / str(i))] == [0, 0]
 
 
 @pytest.mark.slow
@@ -1854,32 +1585,6 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
     outputs = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_equal_runs(whole_run(2), tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_the_checkpoints_before_and_says_so(tmp_path):
-    save(tmp_path, 0)
-    before = {f: f.read_bytes() for f in (tmp_path / "checkpoint-0").iterdir()}
-    code = (
-        f"import resource, sys; sys.path[:0] = {[str(ROOT)]!r}; import test_cppo as t;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000));"
-        f"t.save(t.Path({str(tmp_path)!r}), 1)"
-    )
-    result = run("-c", code, script=[])
-    assert "checkpoint-1 cannot be written, those before it stay" in result.stderr
-    assert {f: f.read_bytes() for f in (tmp_path / "checkpoint-0").iterdir()} == before
-    assert resumed(tmp_path)["step"] == 0
-
-
-@pytest.mark.slow
-def test_resume_without_a_checkpoint_starts_anew(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
-    short = [*RUN, "--steps", 1, "--eval_every", 1, "--output_dir", folder, "--resume"]
-    assert run(*short).returncode == 0
-    metrics = read_metrics(folder)
-    assert [m["step"] for m in metrics] == [0, 0, 1, 1] and "left" not in metrics[0]
 
 
 if __name__ == "__main__" and sys.argv[1] == "--worker":
