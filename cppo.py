@@ -621,7 +621,7 @@ PAPERS_RECIPE = {
 }  # fmt: skip
 TASKS = {
     "arithmetic": Task(arithmetic_questions, accuracy_reward, {
-        "steps": 60, "batch_size": 16, "learning_rate": 2e-4,
+        "steps": 80, "batch_size": 16, "learning_rate": 2e-4,
         "max_prompt_tokens": 16, "max_completion_tokens": 32,
         "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
     }),
