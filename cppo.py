@@ -760,8 +760,8 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 # --- Warm start and evaluation --------------------------------------------------------------------
 def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, world_size: int):
-    """Imitates demonstrations: eq. 5 with A = 1, beta = 0 and one optimizer step a batch, where rho
-    is 1. The gradient is that of their log-likelihood, a mean over tokens, then completions."""
+    """Imitates demonstrations: eq. 5 with beta = 0, one optimizer step a batch, at which rho is 1,
+    and A in proportion to |o_i|: so all tokens weigh the same, as in a log-likelihood."""
     start, steps = time.perf_counter(), config.warm_start_steps
     optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
     imitation = replace(config, beta=0.0, num_iterations=1)
@@ -770,15 +770,15 @@ def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, wo
         for question in itertools.islice(stream, math.ceil(WARM_START_BATCH / world_size)):
             token_ids = tokenizer(question.demonstration, add_special_tokens=False).input_ids
             token_ids.append(tokenizer.eos_token_id)
-            rows.append(Completion(question.prompt_ids, token_ids, advantage=1.0))
+            A = len(token_ids) / config.max_completion_tokens
+            rows.append(Completion(question.prompt_ids, token_ids, advantage=A))
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
             update(policy, None, optimizer, scheduler, rows, imitation, world_size)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
 def evaluate(tokenizer, questions, rank, world_size, config, model) -> dict:
-    """Share of right completions, greedy ones or several samples a question, as the paper does for
-    AMC and AIME. Each rank has its share of the questions."""
+    """Share of right completions: greedy ones, or sampled as the paper does for AMC and AIME."""
     start, n, count = time.perf_counter(), config.eval_samples, len(questions)
     torch.manual_seed(hash((config.seed, rank)))  # the same numbers for each evaluation
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)

@@ -1105,7 +1105,7 @@ def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likel
     for question in questions:
         ids = [*tokenizer(question.demonstration).input_ids, tokenizer.eos_token_id]
         row = Completion(question.prompt_ids, ids)
-        (-naive_log_probs(naive, row, 1.0).mean() / 32).backward()
+        (-naive_log_probs(naive, row, 1.0).sum() / settings.max_completion_tokens / 32).backward()
     for p, before, q in zip(
         model.parameters(), start.parameters(), naive.parameters(), strict=True
     ):
