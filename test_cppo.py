@@ -197,6 +197,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--batch_size", "x"], "--batch_size"), (["--learning_rate", "0"], "--learning_rate"),
         (["--temperature", "inf"], "--temperature"), (["--prune_by", "luck"], "--prune_by"),
         (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
+        (["--eval_samples", "1025"], "--sample_batch must be at least"),
         (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
         (["--pruning_rate", "0", "--batch_size", "24"], "divisible by 16, ranks x --group_size"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
@@ -1398,7 +1399,7 @@ def test_a_model_folder_trains_on_files_in_its_chat_template_for_an_epoch_and_is
               "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
         *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
-        "--max_prompt_tokens", 16, "--warm_start_steps", 1, PYTHONPATH=math_verify,
+        "--max_prompt_tokens", 11, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{task}, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
