@@ -1372,6 +1372,7 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert all(step["kept"] == 16 and step["sampled"] == 8 * 16 for step in steps)
     assert steps[0]["learning_rate"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["epoch"] == 640 / 2560
+    assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
     assert max(step["sampling_gap"] for step in steps) < 1e-4
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "640 questions, 0.0"):
         assert line in result.stdout
