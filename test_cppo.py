@@ -1048,7 +1048,9 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_p
     for step in (0, 1, 2):
         save(tmp_path, step)
     file = tmp_path / "checkpoint-2/trainer_state.pt"
-    hostile = f"cos\nsystem\n(S'touch {tmp_path / 'hacked'}'\ntR.".encode()  # a pickle of a call
+    attack = type("Attack", (), {"__reduce__": lambda _: (os.mkdir, (str(tmp_path / "hacked"),))})
+    torch.save({"step": 2, "config": {}, "asked": [attack()]}, tmp_path / "hostile")
+    hostile = (tmp_path / "hostile").read_bytes()  # whole, but for a call in its pickle
     for content in (b"", file.read_bytes()[:100], pickle.dumps({"step": 1}), hostile):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint-2 cannot be read; delete it to use the"):
