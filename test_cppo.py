@@ -1065,8 +1065,14 @@ SHORT = dict(warm_start_steps=0, batch_size=8, eval_questions=0, max_completion_
 def test_with_gamma_dead_groups_train_nothing_and_no_question_comes_twice_even_after_a_resume(
     tmp_path, monkeypatch
 ):  # fmt: skip
-    asked, real, folder = [], cppo.rollout, tmp_path / "run"
-    monkeypatch.setattr(cppo, "rollout", lambda *a: (asked.extend(a[-1]), real(*a))[1])
+    asked, seeds, real, folder = [], [], cppo.rollout, tmp_path / "run"
+
+    def rollout(*arguments):
+        asked.extend(arguments[-1])
+        seeds.append(torch.initial_seed())
+        return real(*arguments)
+
+    monkeypatch.setattr(cppo, "rollout", rollout)
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
     settings = config(
@@ -1079,6 +1085,7 @@ def test_with_gamma_dead_groups_train_nothing_and_no_question_comes_twice_even_a
     cppo.train(settings)
     prompts = [question.prompt for question in asked]
     assert len(prompts) == 3 * 16 == len(set(prompts))
+    assert len(set(seeds)) == 3 and seeds[8:12] == seeds[12:]  # each step its own, again and again
     _, *steps = read_metrics(folder)  # random weights: no reward at all
     assert [step["step"] for step in steps] == [1, 2, 3]
     for step in steps:
