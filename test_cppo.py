@@ -15,10 +15,8 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
-import resource
 import signal
 import socket
 import statistics
@@ -51,26 +49,21 @@ if student := os.environ.get("CPPO_MODULE"):
     vars(cppo).update(written)
     SCRIPT = [str(ROOT / "test_cppo.py"), "--main"]  # real processes do the same
 
-# An exercise is a word for -k, and the function that it asks for; the last three are new ones.
+# An exercise is a function to write, and a word for -k, which finds the tests that grade it.
 EXERCISES = {
-    "answers": "extract_answer", "advantages": "group_advantages", "pruning": "prune",
-    "masks": "make_batch", "loss": "cppo_loss", "refill": "collect_batch",
-    "max_variance": "max_variance", "clip_higher": "clip_higher_loss",
-    "dr_grpo": "dr_grpo_advantages",
+    "extract_answer": "answers", "group_advantages": "advantages", "prune": "pruning",
+    "make_batch": "masks", "cppo_loss": "loss", "collect_batch": "refill",
+    "max_variance": "max_variance", "clip_higher_loss": "clip_higher",
+    "dr_grpo_advantages": "dr_grpo", "dr_grpo_token_mean": "dr_grpo",
 }  # fmt: skip
-if student and not {*EXERCISES.values(), "dr_grpo_token_mean"} & {*written}:
-    raise ImportError(f"{student}.py has no function of {', '.join(EXERCISES.values())}")
+if student and not {*EXERCISES} & {*written}:
+    raise ImportError(f"{student}.py has no function of {', '.join(EXERCISES)}")
 
 
 # --- Helpers --------------------------------------------------------------------------------------
 def grades(*words: str):
     """Has -k find a test by these words too: pytest also looks at the attributes of a function."""
-
-    def mark(test):
-        vars(test).update(dict.fromkeys(words, True))
-        return test
-
-    return mark
+    return lambda test: vars(test).update(dict.fromkeys(words, True)) or test
 
 
 def tiny(family: str, vocabulary: int = 20):
@@ -194,16 +187,14 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         *[([f"--{f.name}", str(int(float(f.metadata["metavar"][1:].split(",")[0])) - 1)],
            f"--{f.name} must be in") for f in fields(Config) if "metavar" in f.metadata],
         (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "nan"], "--pruning_rate"),
-        (["--batch_size", "x"], "--batch_size"), (["--learning_rate", "0"], "--learning_rate"),
-        (["--temperature", "inf"], "--temperature"), (["--prune_by", "luck"], "--prune_by"),
-        (["--task", "poetry"], "--task"), (["--sample_batch", "15"], "--sample_batch"),
+        (["--batch_size", "x"], "--batch_size"), (["--prune_by", "luck"], "--prune_by"),
+        (["--prun", "0.5"], "--prun"), (["--task", "poetry"], "--task"), (["hello"], "hello"),
+        (["--sample_batch", "15"], "--sample_batch must be at least"),
         (["--eval_samples", "1025"], "--sample_batch must be at least"),
-        (["--no_refill", "--batch_size", "24"], "--batch_size"), (["--dtype", "int8"], "--dtype"),
+        (["--no_refill", "--batch_size", "24"], "divisible by 16, ranks x --group_size"),
         (["--pruning_rate", "0", "--batch_size", "24"], "divisible by 16, ranks x --group_size"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
-        (["--resume", "perhaps"], "--resume"), (["--seed", "2147483648"], "--seed"),
-        (["--prunning_rate", "0.5"], "--prunning_rate"), (["--prun", "0.5"], "--prun"),
-        (["--task", "arithmetic", "--train_data", "x.csv"], "--task"), (["hello"], "hello"),
+        (["--task", "arithmetic", "--train_data", "x.csv"], "--task arithmetic makes its own"),
         (["--model", "no/such/folder"], "--model no/such/folder"),
         (["--max_prompt_tokens", "5"], "2,560 prompts over --max_prompt_tokens left out"),
         (["--train_data", "none.csv", "--test_data", "none.csv"], "--train_data none.csv"),
@@ -213,9 +204,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--task", "bare"], "--warm_start_steps must be 0"),
     ],
 )  # fmt: skip
-def test_a_users_mistake_is_one_line_that_names_the_flag_and_exit_2_and_nothing_is_written(
-    flags, names, tmp_path, monkeypatch, capsys
-):
+def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("precious")
@@ -232,9 +221,7 @@ def test_a_users_mistake_is_one_line_that_names_the_flag_and_exit_2_and_nothing_
     assert (tmp_path / "full/file").read_text() == "precious"
 
 
-def test_memory_disk_and_ctrl_c_end_a_run_with_one_line_and_a_bug_with_its_traceback(
-    monkeypatch, capsys
-):  # fmt: skip
+def test_no_memory_no_disk_and_ctrl_c_are_one_line_and_a_bug_a_traceback(monkeypatch, capsys):
     for error, status, says in (
         (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
@@ -258,13 +245,6 @@ def test_ranks_must_divide_the_batch_and_not_be_more_than_the_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--nproc_per_node 3 is more than the GPUs here"):
         cppo.init_distributed()
-
-
-def test_every_task_has_defaults_for_the_flags_that_need_one():
-    may_stay_none = {"model", "train_data", "test_data", "steps", "eval_questions"}
-    for task in cppo.TASKS:
-        settings = asdict(Config(task=task))
-        assert {name for name, value in settings.items() if value is None} <= may_stay_none
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -306,19 +286,16 @@ def test_completions_come_question_major_scored_by_their_own_question_in_any_chu
     for sample_batch in (1024, 7, 3):
         settings = config(sample_batch=sample_batch, group_size=3)
         completions = cppo.rollout(model, tokenizer, settings, 3, 1.0, 1.0, questions)
-        assert [c.prompt_ids for c in completions] == [
-            q.prompt_ids for q in questions for _ in "GGG"
-        ]
+        prompts = [q.prompt_ids for q in questions for _ in range(3)]
+        assert [c.prompt_ids for c in completions] == prompts
         assert [(c.reward, c.truncated) for c in completions] == [(3, 0), (2, 0), (0, 1)] * 4
     assert calls == [12, 6, 6, 3, 3, 3, 3]
 
 
 def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
     model = tiny("Qwen2")
-    shapes = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    shapes, forward = [], model.forward
+    model.forward = lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(**kw)
     torch.manual_seed(0)
     cppo.sample_completions(model, PROMPTS, 8, 30, 1.0, [1, 2, 3, 4])
     assert shapes[0] == (4, 5)  # Q prompts, not Q G
@@ -341,25 +318,6 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
         torch.testing.assert_close(log_probs, logits[tokens] - total.log())
         share = (tokens == 1).float().mean().item()
         assert share == pytest.approx(0.4 / total.item(), abs=0.04)  # 5 sigma
-
-
-def test_whole_completions_are_drawn_as_often_as_the_model_says():
-    # Two tokens after a ragged prompt: 16 sequences that end at the limit or at EOS = 0.
-    model, draws = tiny("GPT2", vocabulary=4), 8000
-    torch.manual_seed(0)
-    sampled = cppo.sample_completions(model, [[3], [2, 1, 3]], draws, 2, 1.5, [0])
-    for prompt, group in (([3], sampled[:draws]), ([2, 1, 3], sampled[draws:])):
-        counts = Counter(tuple(ids) for ids, _ in group)
-        outcomes = [(0,), *itertools.product((1, 2, 3), range(4))]
-        assert set(counts) <= set(outcomes)
-        chi_squared = 0.0
-        for ids in outcomes:
-            with torch.no_grad():
-                log_prob = naive_log_probs(model, Completion(prompt, list(ids)), 1.5).sum()
-            expected = draws * log_prob.exp().item()
-            chi_squared += (counts[ids] - expected) ** 2 / expected
-        degrees = torch.tensor((len(outcomes) - 1) / 2)  # a right sampler fails for 1 seed in 1000
-        assert torch.special.gammaincc(degrees, torch.tensor(chi_squared / 2)) > 1e-3
 
 
 # --- Rewards --------------------------------------------------------------------------------------
@@ -421,16 +379,8 @@ def test_rewards_of_a_table_of_completions():
 @grades("answers")
 def test_rewards_take_linear_time_on_a_megabyte_of_anything():
     # Quadratic time would be 1e12 steps here: this test would not end.
-    floods = [
-        *cppo.TAGS,
-        "<think></think>\n<answer>",
-        *"<9-$.% {}\\",
-        "1,",
-        ",111",
-        "0.",
-        "\\boxed",
-    ]
-    for flood in (piece * (1_000_000 // len(piece)) for piece in floods):
+    pieces = "<think></think>\n<answer>", "1,", ",111", "0.", "\\boxed", *"<9-$.% {}\\", *cppo.TAGS
+    for flood in (piece * (1_000_000 // len(piece)) for piece in pieces):
         for text in (flood, right_form(flood + "x"), right_form("1" + flood + "x")):
             cppo.format_reward(text)
             cppo.accuracy_reward(text, "72")
@@ -525,20 +475,16 @@ def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times
         assert row.advantage == pytest.approx(A, abs=1e-6), lesson
 
 
-@pytest.mark.parametrize(
-    ("by", "last_one"), [("abs_advantage", 3), ("advantage", 3), ("smallest", 0)]
-)
-def test_refill_keeps_of_the_last_question_only_what_fits(by, last_one):
+def test_refill_keeps_of_the_last_question_only_what_fits():
     # k = 2, room 5: three questions, and the third keeps one completion, its best by the criterion.
-    settings = config(group_size=4, pruning_rate=0.5, prune_by=by)
-    draw = fake_draw(lambda i: [0, 0, 0, 3])
-    rows, sampled, _ = cppo.collect_batch(draw, stream(), 5, settings)
-    assert len(rows) == 5, "never more rows than there is room"
     lesson = "the last question keeps its best, not those that come first; the others keep all k"
-    assert rows[4] is sampled[8 + last_one], lesson
-    assert [sum(row is c for row in rows for c in sampled[4 * q :][:4]) for q in range(3)] == [
-        2, 2, 1
-    ], lesson  # fmt: skip
+    for by, best in ("abs_advantage", 3), ("advantage", 3), ("smallest", 0):
+        settings = config(group_size=4, pruning_rate=0.5, prune_by=by)
+        draw = fake_draw(lambda i: [0, 0, 0, 3])
+        rows, sampled, _ = cppo.collect_batch(draw, stream(), 5, settings)
+        assert len(rows) == 5, "never more rows than there is room"
+        kept = [i // 4 for i, c in enumerate(sampled) if any(c is row for row in rows)]
+        assert kept == [0, 0, 1, 1, 2] and rows[4] is sampled[8 + best], lesson
 
 
 def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most():
@@ -773,12 +719,15 @@ def gradient_worker(folder: str):
     os._exit(0)
 
 
-def test_update_without_rows_leaves_the_weights_alone_even_with_momentum():
+@pytest.mark.parametrize(
+    "ranks", [1, 2]
+)  # with two there are gradients of 0, with one there are none
+def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks):
     model, settings = tiny("Llama"), config(warmup_ratio=0.0)
     trainer = cppo.make_optimizer(model, 1e-2, 8, settings)
-    cppo.update(model, model, *trainer, some_rows(4), settings)
+    cppo.update(model, model, *trainer, some_rows(4), settings, ranks)
     before = copy.deepcopy(model.state_dict())
-    assert set(cppo.update(model, model, *trainer, [], settings).values()) == {0}
+    assert set(cppo.update(model, model, *trainer, [], settings, ranks).values()) == {0}
     assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
     assert trainer[1].last_epoch == 4  # the schedule goes on
 
@@ -799,27 +748,22 @@ def test_a_learning_rate_of_1e_6_moves_float32_masters_and_would_not_move_bfloat
 
 
 def test_bfloat16_computes_nearly_the_float32_gradient_and_keeps_it_in_float32():
-    exact, rounded = (
-        torch.cat([g.flatten() for g in gradients_of_update(some_rows(12), dtype=dtype)])
-        for dtype in ("float32", "bfloat16")
-    )
+    gradients = (gradients_of_update(some_rows(12), dtype=d) for d in ("float32", "bfloat16"))
+    exact, rounded = (torch.cat([g.flatten() for g in each]) for each in gradients)
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
-def test_the_sampler_is_a_rounded_copy_that_follows_the_policy_but_for_the_rotary_frequencies():
+def test_the_sampler_is_the_policy_rounded_but_for_the_rotary_frequencies():
     model = tiny("Qwen2")
     sampler = cppo.copy_for(model, "bfloat16")
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
     cppo.refresh(sampler, model)
     for a, b in zip(sampler.parameters(), model.parameters(), strict=True):
-        assert a.dtype == torch.bfloat16 and not a.requires_grad
-        assert torch.equal(a, b.bfloat16())
-    buffers = dict(sampler.named_buffers())
-    assert any("inv_freq" in name for name in buffers)
-    for name, x in model.named_buffers():  # rounded, they would turn far positions by a radian
-        assert torch.equal(x, buffers[name]) and x.dtype == buffers[name].dtype
+        assert torch.equal(a, b.bfloat16()) and not a.requires_grad
+    ours, theirs = (m.model.rotary_emb.inv_freq for m in (sampler, model))
+    assert torch.equal(ours, theirs) and ours.dtype == torch.float32  # else far positions turn
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -846,9 +790,8 @@ def test_questions_load_from_any_kind_of_file_with_numbers_as_they_are_written(k
     questions = gsm8k_questions(str(file), "train")
     assert questions[0].prompt[1] == {"role": "user", "content": "How many?"}
     assert [q.answer for q in questions] == ["72", "1,234", "0"]
-    assert questions[0].demonstration == (
-        "<think>48/2 = 24 clips.\n24+48 = 72.</think>\n<answer>72</answer>"
-    )
+    think = "<think>48/2 = 24 clips.\n24+48 = 72.</think>"
+    assert questions[0].demonstration == think + "\n<answer>72</answer>"
     numbers = {"csv": "question,answer\na,3\nb,2.50\n", "jsonl": '{"question": "a", "answer": 3}\n'}
     if kind in numbers:
         file.write_text(numbers[kind])
@@ -907,9 +850,7 @@ def math_verify(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_the_math_reward_is_2_for_the_same_expression_and_its_package_is_missed_before_all_else(
-    math_verify, monkeypatch
-):  # fmt: skip
+def test_the_math_reward_needs_its_package_and_is_2_for_equal_expressions(math_verify, monkeypatch):
     for text, answer, reward in (
         (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
         ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
@@ -944,9 +885,7 @@ def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another
 
 
 # --- Models ---------------------------------------------------------------------------------------
-def test_a_model_folder_that_lacks_a_part_is_a_users_mistake_and_all_eos_tokens_are_known(
-    tmp_path, monkeypatch
-):  # fmt: skip
+def test_a_model_folder_must_be_whole_and_all_of_its_eos_tokens_count(tmp_path, monkeypatch):
     for i, missing in enumerate(("model.safetensors", "tokenizer*", "config.json")):
         for file in save_tiny_model(tmp_path / str(i)).glob(missing):
             file.unlink()
@@ -965,27 +904,23 @@ def test_a_model_folder_that_lacks_a_part_is_a_users_mistake_and_all_eos_tokens_
 
 # --- Evaluation -----------------------------------------------------------------------------------
 def test_evaluation_scores_every_question_once_and_averages_over_the_samples(monkeypatch):
-    model, tokenizer = cppo.load_model_and_tokenizer(None)
-    test = [Question("", "9", prompt_ids=[i]) for i in range(37)]
-    right, wrong = (tokenizer(f"<answer>{x}</answer>").input_ids for x in (9, 8))
-    calls = []
+    test, calls = [Question(str(i), "") for i in range(37)], []
 
-    def teach(_model, prompts, G, _limit, temperature, _eos, top_p):
-        calls.append((len(prompts), G, temperature, top_p, torch.rand(1).item()))
-        return [(right if p[0] % 3 and not i else wrong, [0.0]) for p in prompts for i in range(G)]
+    def rollout(_model, _tokenizer, _config, n, temperature, top_p, questions):
+        calls.append((len(questions), n, temperature, top_p, torch.rand(1).item()))
+        right = [int(q.prompt) % 3 > 0 and i == 0 for q in questions for i in range(n)]
+        return [Completion([], [], accuracy_reward=1.5 * x) for x in right]
 
-    monkeypatch.setattr(cppo, "sample_completions", teach)
+    monkeypatch.setattr(cppo, "rollout", rollout)
     for n in (1, 4):
-        score = cppo.evaluate(tokenizer, test, 0, 1, config(eval_samples=n, sample_batch=80), model)
-        assert (
-            score["eval_accuracy"] == pytest.approx(24 / 37 / n) and score["eval_questions"] == 37
-        )
+        score = cppo.evaluate(None, test, 0, 1, config(eval_samples=n), None)
+        assert score["eval_questions"] == 37 and score["eval_accuracy"] == 24 / 37 / n
     for rank in range(3):
-        cppo.evaluate(tokenizer, test, rank, 3, config(), model)
-    sizes = [(37, 1), (20, 4), (17, 4), (13, 1), (12, 1), (12, 1)]
-    sampling = {1: (0.0, 1.0), 4: (0.6, 0.95)}
-    assert [call[:4] for call in calls] == [(Q, G, *sampling[G]) for Q, G in sizes]
-    assert calls[0][4] == calls[3][4] != calls[4][4]  # each evaluation draws its rank's numbers
+        cppo.evaluate(None, test, rank, 3, config(), None)
+    greedy, papers = (1, 0.0, 1.0), (4, 0.6, 0.95)
+    sizes = (37, *greedy), (37, *papers), (13, *greedy), (12, *greedy), (12, *greedy)
+    assert [call[:4] for call in calls] == [*sizes]
+    assert calls[0][4] == calls[2][4] != calls[3][4]  # each evaluation draws its rank's numbers
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -1000,9 +935,7 @@ def resumed(folder: Path, world_size=1, **changes) -> dict:
     return cppo.load_state(folder, config(resume=True, **changes), world_size)
 
 
-def test_the_newest_two_checkpoints_stay_and_that_of_step_0_and_resume_wants_the_same_settings(
-    tmp_path,
-):
+def test_checkpoint_0_and_the_newest_two_stay_and_resume_wants_the_same_settings(tmp_path):
     for step in (0, 2, 4, 10):
         save(tmp_path, step)
     steps = [int(path.name[11:]) for path in cppo.find_checkpoints(tmp_path)]
@@ -1017,26 +950,17 @@ def test_the_newest_two_checkpoints_stay_and_that_of_step_0_and_resume_wants_the
         resumed(tmp_path, beta=0.0)
 
 
-@pytest.mark.parametrize("owner", ["torch.save", "shutil.copy", "Path.rename", "full disk"])
-def test_a_crash_or_a_full_disk_while_saving_leaves_a_whole_checkpoint(
-    owner, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("where", ["torch.save", "shutil.copy", "Path.rename", "full disk"])
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeypatch):
     for step in (0, 1, 2):
         save(tmp_path, step)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    error = OSError(28, "No space left on device") if where == "full disk" else KeyboardInterrupt
+    owner, name = ("os.fsync" if where == "full disk" else where).split(".")
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)) as stop:
-        if owner == "full disk":  # no file may be larger than a megabyte
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        else:
-            owner, name = owner.split(".")
-            stopped = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
-            patch.setattr(getattr(cppo, owner), name, stopped)
-        try:
-            save(tmp_path, 3)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    if owner == "full disk":
-        assert "checkpoint-3 cannot be written, those before it stay" in str(stop.value)
+        patch.setattr(getattr(cppo, owner), name, lambda *_: (_ for _ in ()).throw(error))
+        save(tmp_path, 3)
+    if where == "full disk":
+        assert "checkpoint-3 cannot be written, those before it stay: [Errno 28]" in str(stop.value)
     state = resumed(tmp_path)
     assert state["step"] == 2
     cppo.load_model_and_tokenizer(str(state["path"]))
@@ -1051,7 +975,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_p
     attack = type("Attack", (), {"__reduce__": lambda _: (os.mkdir, (str(tmp_path / "hacked"),))})
     torch.save({"step": 2, "config": {}, "asked": [attack()]}, tmp_path / "hostile")
     hostile = (tmp_path / "hostile").read_bytes()  # whole, but for a call in its pickle
-    for content in (b"", file.read_bytes()[:100], pickle.dumps({"step": 1}), hostile):
+    for content in (b"", file.read_bytes()[:100], hostile):
         file.write_bytes(content)
         with pytest.raises(UserError, match=r"checkpoint-2 cannot be read; delete it to use the"):
             resumed(tmp_path)
@@ -1062,9 +986,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_p
 SHORT = dict(warm_start_steps=0, batch_size=8, eval_questions=0, max_completion_tokens=4)
 
 
-def test_with_gamma_dead_groups_train_nothing_and_no_question_comes_twice_even_after_a_resume(
-    tmp_path, monkeypatch
-):  # fmt: skip
+def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeypatch):
     asked, seeds, real, folder = [], [], cppo.rollout, tmp_path / "run"
 
     def rollout(*arguments):
@@ -1075,9 +997,8 @@ def test_with_gamma_dead_groups_train_nothing_and_no_question_comes_twice_even_a
     monkeypatch.setattr(cppo, "rollout", rollout)
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
-    settings = config(
-        output_dir=str(folder), gamma=1e-3, save_every=1, steps=3, resume=True, **SHORT
-    )
+    changes = dict(gamma=1e-3, save_every=1, steps=3, resume=True)
+    settings = config(output_dir=str(folder), **changes, **SHORT)
     cppo.train(settings)
     cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
     assert len(asked) == 3 * 16
@@ -1117,10 +1038,8 @@ def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likel
         ids = [*tokenizer(question.demonstration).input_ids, tokenizer.eos_token_id]
         row = Completion(question.prompt_ids, ids)
         (-naive_log_probs(naive, row, 1.0).sum() / settings.max_completion_tokens / 32).backward()
-    for p, before, q in zip(
-        model.parameters(), start.parameters(), naive.parameters(), strict=True
-    ):
-        torch.testing.assert_close(before - p, q.grad, rtol=1e-4, atol=1e-5)
+    for a, b, q in zip(*(m.parameters() for m in (start, model, naive)), strict=True):
+        torch.testing.assert_close(a - b, q.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- Exercises that cppo.py does not answer, and what their graders must catch --------------------
@@ -1243,9 +1162,10 @@ def wrong_refill(fault: str):
             Q = room // G if fault == "GRPO" else math.ceil((room - len(rows)) / k)
             group = draw(list(itertools.islice(stream, Q)))
             A = cppo.group_advantages(torch.tensor([c.reward for c in group]).double().view(-1, G))
-            mask, last_k = cppo.prune(A, k, config.gamma), room - len(rows) - (Q - 1) * k
+            how, last_k = (config.gamma, config.prune_by), room - len(rows) - (Q - 1) * k
+            mask = cppo.prune(A, k, *how)
             if last_k < k and fault not in ("GRPO", "overfull", "first come"):
-                mask[-1:] = cppo.prune(A[-1:], last_k, config.gamma)
+                mask[-1:] = cppo.prune(A[-1:], last_k, *how)
             if fault == "unpaired":
                 A = A.T.reshape(A.shape)
             for c, a in zip(group, A.flatten().tolist(), strict=True):
@@ -1261,74 +1181,67 @@ def wrong_refill(fault: str):
     return collect_batch
 
 
-GRADERS = {
-    "extract_answer": [test_answers_are_what_the_last_pair_of_tags_holds],
-    "group_advantages": [test_advantages_by_hand],
-    "prune": [test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question,
-              test_pruning_breaks_ties_to_the_lowest_index],
-    "make_batch": [test_masks_of_a_batch_by_hand],
-    "cppo_loss": [test_the_clipped_loss_and_its_gradient_by_hand,
-                  test_the_kl_term_of_the_loss_and_its_gradient_by_hand,
-                  test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions],
+MISTAKES = {  # function: plausible mistakes in it, and what its graders must say
+    "extract_answer": [
+        (lambda t: t.partition("<answer>")[2].partition("</answer>")[0], "the last answer counts"),
+        (lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1], "sign and letters"),
+        (lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(), "no answer is None"),
+        (lambda t: re.sub("[^0-9]", "", RIGHT["extract_answer"](t) or "") or None, "keeps all"),
+    ],
+    "group_advantages": [
+        (lambda r: (r - r.mean()) / (r.std() + 1e-4), "each question's own"),
+        (lambda r: (r - r.mean(1)[:, None]) / (r.std(1, False)[:, None] + 1e-4), "over G - 1"),
+        (lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "equal rewards teach nothing"),
+    ],
+    "prune": [
+        (lambda a, k, gamma=0.0, by="": top(a, k), "not A: the worst teach as much"),
+        (prune_the_batch, "each question keeps k"),
+        (lambda a, k, gamma=0.0, by="": RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
+    ],
+    "make_batch": [
+        (wrong_batch("EOS"), "EOS is trained"), (wrong_batch("value"), "EOS is trained"),
+        (wrong_batch("padding"), "padding is no"), (wrong_batch("shift"), "predict the next one"),
+    ],
+    "cppo_loss": [
+        (wrong_loss("no min"), "min leaves it free"), (wrong_loss("sign"), "the loss is minus"),
+        (wrong_loss("log ratio"), "never below 0"), (wrong_loss("padding"), "padding left out"),
+        (wrong_loss("no KL gradient"), "its gradient flows through"),
+    ],
     "collect_batch": [
-        test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times_the_questions,
-        lambda: test_refill_keeps_of_the_last_question_only_what_fits("abs_advantage", 3),
-        test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most],
-    "max_variance": [test_max_variance_keeps_the_k_rewards_of_a_question_that_differ_most],
-    "clip_higher_loss": [test_clip_higher_lifts_the_upper_bound_alone],
-    "dr_grpo_advantages": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
-    "dr_grpo_token_mean": [test_dr_grpo_divides_neither_by_the_std_nor_by_the_length],
+        (wrong_refill("GRPO"), "takes 4 questions"), (wrong_refill("overfull"), "never more rows"),
+        (wrong_refill("kept only"), "before any is pruned"),
+        (wrong_refill("unpaired"), "stays with its completion"),
+        (wrong_refill("one round"), "round after round"),
+        (wrong_refill("first come"), "not those that come first"),
+    ],
+    "max_variance": [
+        (lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
+        (lambda r, k: top(r, k), "most variance"),
+        (lambda r, k: top(r, k - k // 2) | top(-r, k // 2), "for the best i"),
+    ],
+    "clip_higher_loss": [
+        (wrong_loss("symmetric"), r"rise up to 1 \+ eps_high"),
+        (wrong_loss("swapped"), r"rise up to 1 \+ eps_high"),
+        (wrong_loss("both sides"), "the lower bound stays"),
+        (wrong_loss("no KL gradient"), "flows through rho and KL"),
+    ],
+    "dr_grpo_advantages": [
+        (RIGHT["group_advantages"], "and no more"),
+        (lambda r: r - r.mean(), "each question's G"),
+        (lambda r: (r - r.mean(1)[:, None]) * 4 / 3, "and no more"),
+    ],
+    "dr_grpo_token_mean": [
+        (lambda v, m, most: RIGHT["token_mean"](v, m), "max_completion_tokens"),
+        (lambda v, m, most: (v * m).sum(1) / m.shape[1], "the same for all"),
+        (lambda v, m, most: v.sum(1) / most, "own tokens"),
+    ],
 }  # fmt: skip
-MISTAKES = [  # function, a plausible mistake in it, what the grader must say
-    ("extract_answer", lambda t: t.partition("<answer>")[2].partition("</answer>")[0], "the last"),
-    ("extract_answer", lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1], "sign"),
-    ("extract_answer", lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(), "None"),
-    ("extract_answer",
-     lambda t: re.sub("[^0-9]", "", RIGHT["extract_answer"](t) or "") or None, "keeps all that it"),
-    ("group_advantages", lambda r: (r - r.mean()) / (r.std() + 1e-4), "each question's own"),
-    ("group_advantages",
-     lambda r: (r - r.mean(1)[:, None]) / (r.std(1, unbiased=False)[:, None] + 1e-4), "G - 1"),
-    ("group_advantages", lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "equal rewards"),
-    ("prune", lambda a, k, gamma=0.0, by="": top(a, k), "not A: the worst teach as much"),
-    ("prune", prune_the_batch, "each question keeps k"),
-    ("prune", lambda a, k, gamma=0.0, by="": RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
-    ("make_batch", wrong_batch("EOS"), "EOS is trained"),
-    ("make_batch", wrong_batch("value"), "EOS is trained"),
-    ("make_batch", wrong_batch("padding"), "padding is no token"),
-    ("make_batch", wrong_batch("shift"), "predict the next one"),
-    ("cppo_loss", wrong_loss("no min"), "min leaves it free"),
-    ("cppo_loss", wrong_loss("sign"), "the loss is minus"),
-    ("cppo_loss", wrong_loss("log ratio"), "never below 0"),
-    ("cppo_loss", wrong_loss("no KL gradient"), "its gradient flows through"),
-    ("cppo_loss", wrong_loss("padding"), "padding left out"),
-    ("collect_batch", wrong_refill("GRPO"), "takes 4 questions"),
-    ("collect_batch", wrong_refill("kept only"), "before any is pruned"),
-    ("collect_batch", wrong_refill("unpaired"), "stays with its completion"),
-    ("collect_batch", wrong_refill("overfull"), "never more rows"),
-    ("collect_batch", wrong_refill("one round"), "round after round"),
-    ("collect_batch", wrong_refill("first come"), "not those that come first"),
-    ("max_variance", lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
-    ("max_variance", lambda r, k: top(r, k), "most variance"),
-    ("max_variance", lambda r, k: top(r, k - k // 2) | top(-r, k // 2), "for the best i"),
-    ("clip_higher_loss", wrong_loss("symmetric"), r"up to 1 \+ eps_high"),
-    ("clip_higher_loss", wrong_loss("swapped"), r"up to 1 \+ eps_high"),
-    ("clip_higher_loss", wrong_loss("both sides"), "the lower bound stays"),
-    ("clip_higher_loss", wrong_loss("no KL gradient"), "flows through rho and KL"),
-    ("dr_grpo_advantages", RIGHT["group_advantages"], "and no more"),
-    ("dr_grpo_advantages", lambda r: r - r.mean(), "each question's G"),
-    ("dr_grpo_advantages", lambda r: (r - r.mean(1)[:, None]) * 4 / 3, "and no more"),
-    ("dr_grpo_token_mean", lambda v, m, most: RIGHT["token_mean"](v, m), "max_completion_tokens"),
-    ("dr_grpo_token_mean", lambda v, m, most: (v * m).sum(1) / m.shape[1], "the same for all"),
-    ("dr_grpo_token_mean", lambda v, m, most: v.sum(1) / most, "own tokens"),
-]  # fmt: skip
 
 
-def slow_max_variance(rewards, k):
-    best = [
-        max(itertools.combinations(range(len(r)), k), key=lambda s: r[list(s)].var(correction=0))
-        for r in rewards
-    ]
-    return torch.zeros_like(rewards, dtype=torch.bool).scatter(1, torch.tensor(best), True)
+def slow_max_variance(rewards_QG, k):
+    choices = torch.tensor([*itertools.combinations(range(rewards_QG.shape[1]), k)])  # (ways, k)
+    best = choices[rewards_QG[:, choices].var(-1, correction=0).argmax(1)]  # (Q, k)
+    return torch.zeros_like(rewards_QG, dtype=torch.bool).scatter(1, best, True)
 
 
 SOLVED = RIGHT | {
@@ -1338,26 +1251,25 @@ SOLVED = RIGHT | {
 }  # fmt: skip
 
 
-@pytest.fixture
-def solved(monkeypatch):
-    for function in GRADERS:
-        monkeypatch.setattr(cppo, function, SOLVED[function], raising=False)
+def grade(function: str):
+    """Runs the tests that -k finds by the exercise's word, but for those of whole jobs."""
+    word = EXERCISES[function]
+    for name, test in globals().copy().items():
+        is_found = name.startswith("test_") and (word in name or word in vars(test))
+        if is_found and not test.__code__.co_argcount:  # those want fixtures
+            test()
 
 
-def test_the_graders_accept_a_right_solution(solved):
-    for grade in itertools.chain(*GRADERS.values()):
-        grade()
-
-
-def test_the_graders_catch_three_plausible_mistakes_or_more_and_say_why(solved, monkeypatch):
-    for name, mistake, lesson in MISTAKES:
-        with monkeypatch.context() as patch, pytest.raises(AssertionError, match=lesson):
-            patch.setattr(cppo, name, mistake)
-            for grade in GRADERS[name]:
-                grade()
-    counts = Counter(name for name, _, _ in MISTAKES)
-    assert set(EXERCISES.values()) <= set(GRADERS)
-    assert all(counts[name] >= 3 for name in GRADERS)
+@pytest.mark.parametrize("function", EXERCISES)
+def test_the_graders_say_what_plausible_mistakes_overlook(function, monkeypatch):
+    for name in EXERCISES:
+        monkeypatch.setattr(cppo, name, SOLVED[name], raising=False)
+    grade(function)  # a right solution passes
+    assert len(MISTAKES[function]) >= 3
+    for mistake, lesson in MISTAKES[function]:
+        monkeypatch.setattr(cppo, function, mistake)
+        with pytest.raises(AssertionError, match=lesson):
+            grade(function)
 
 
 # --- Whole runs, as a user runs them --------------------------------------------------------------
@@ -1392,14 +1304,9 @@ def test_the_main_job_learns_to_carry(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_a_model_folder_trains_on_files_in_its_chat_template_for_an_epoch_and_is_evaluated_alone(
-    task, math_verify, tmp_path
-):
-    model, file, folder = (
-        save_tiny_model(tmp_path / "model"),
-        tmp_path / "a.jsonl",
-        tmp_path / "run",
-    )
+def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(task, math_verify, tmp_path):
+    file, folder = tmp_path / "a.jsonl", tmp_path / "run"
+    model = save_tiny_model(tmp_path / "model")
     template = "{% for m in messages %}{{ m.content[-12:] }}{% endfor %}"
     (model / "chat_template.jinja").write_text(template)
     rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
@@ -1500,54 +1407,32 @@ def wait_for(process: subprocess.Popen, happened):
         time.sleep(0.0005)
 
 
-def has_step(folder: Path, step: int):
-    """Whether metrics.jsonl has that step."""
-    file, line = folder / "metrics.jsonl", f'{{"step": {step}, "epoch"'
-    return lambda: file.exists() and line in file.read_text()
-
-
-@pytest.mark.slow
-def test_the_same_command_gives_the_same_run_bit_for_bit_and_two_ranks_share_it(
-    whole_run, tmp_path
-):
-    assert run("--output_dir", tmp_path / "a", *RUN).returncode == 0
-    assert_equal_runs(whole_run(1), tmp_path / "a")
-    _, before, *steps, after = read_metrics(whole_run(2))
-    assert before["eval_questions"] == after["eval_questions"] == 32
-    assert all(s["kept"] == 32 and s["questions"] == 16 and s["sampling_gap"] < 1e-4 for s in steps)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole_run, tmp_path):
     # CPPO_KILLS=20 pytest -k killed_at_random is the long form.
     kills, seed = int(os.environ.get("CPPO_KILLS", "2")), time.time_ns()
     print("seed", seed)  # shown if it fails
-    rng, killed, saving, folder = random.Random(seed), 0, 0, tmp_path / "0"
-    while True:
-        known, begun = set(folder.glob("checkpoint-*")), time.time()
+    rng = random.Random(seed)
+    for i in range(kills):
+        folder = tmp_path / str(i // 2)  # each run is killed, resumed, killed while it saves
+        metrics, known, begun = folder / "metrics.jsonl", {*folder.glob("c*-*")}, time.time()
         process = start_process(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
-        if killed < kills:
-            metrics = folder / "metrics.jsonl"  # importing torch is not what this is about
-            wait_for(process, lambda m=metrics, t=begun: m.exists() and m.stat().st_mtime > t)
-            if killed % 2 == 0:  # while saving: model, tokenizer, state, fsync and rename
-                wait_for(process, lambda f=folder, k=known: set(f.glob("checkpoint-*")) - k)
-            everyone = family_of(process)
-            time.sleep(rng.uniform(0, 1 if killed % 2 else 0.02))
-            if process.poll() is None:
-                saving += any(folder.glob("checkpoint-*.tmp"))
-                for pid in everyone:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                killed += 1
-        output = process.communicate(timeout=100)
-        assert process.returncode in (0, -signal.SIGKILL), output
-        if process.returncode == 0:
+        # importing torch is not what this is about
+        wait_for(process, lambda m=metrics, t=begun: m.exists() and m.stat().st_mtime > t)
+        if i % 2:
+            wait_for(process, lambda f=folder, k=known: {*f.glob("c*-*")} - k)
+        everyone = family_of(process)
+        time.sleep(rng.uniform(0, 0.02 if i % 2 else 1))
+        print("kills", everyone, [path.name for path in folder.glob("*.tmp")])
+        for pid in everyone:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=100)
+        if i % 2:
+            result = run(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
+            assert result.returncode == 0, result.stderr
             assert_equal_runs(whole_run(ranks), folder)
-            if killed >= kills:
-                break
-            folder = tmp_path / str(killed)
-    print(f"{killed} kills, {saving} of them while saving")
 
 
 @pytest.mark.slow
@@ -1571,7 +1456,7 @@ def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(tmp_path):
 def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_path):
     folder, script = tmp_path / "run", [RUN_MULTI_GPU]
     process = start_process(*RUN, "--output_dir", folder, script=script, NPROC="2")
-    wait_for(process, has_step(folder, 2))
+    wait_for(process, (folder / "checkpoint-2").exists)
     ranks = [pid for pid in family_of(process) if pid != process.pid]
     os.kill(ranks[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
@@ -1596,6 +1481,8 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
     outputs = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_equal_runs(whole_run(2), tmp_path / "run")
+    for step in read_metrics(tmp_path / "run")[2:-1]:  # and both do what one rank does
+        assert step["kept"] == 32 and step["questions"] == 16 and step["sampling_gap"] < 1e-4
 
 
 if __name__ == "__main__" and sys.argv[1] == "--worker":
