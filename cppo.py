@@ -21,11 +21,11 @@ Unlike the authors' code: pruning is per question (theirs ranks a whole batch, w
 lose everything), k is never 0, and (5) averages over tokens, then over the completions of all
 ranks, as the paper writes it, however they fall into micro-batches and ranks.
 
-Letters of shapes; rows are question-major everywhere: repeat_interleave in, view(Q, G) out.
+Letters of shapes. Rows are question-major, repeat_interleave in, view(Q, G) out, until pack sorts.
 
-    Q questions                 N completions of a step          L prompt tokens
-    G completions a question      (in shapes: a micro-batch)     C completion tokens
-    k kept a question           R completions being sampled      T = L + C of a row, V vocabulary
+    Q questions                 N completions trained in a step    L prompt tokens
+    G completions a question      (in shapes: a micro-batch's)     C completion tokens
+    k kept a question           R completions being sampled        T = L + C of a row, V vocabulary
 """
 
 import argparse
@@ -70,7 +70,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def blame(what: str, kind: type[Exception] = Exception):
-    """Makes an error inside a UserError that says what to change, and the error's own message."""
+    """Turns an error in its block into a UserError: `what` to change, and the error's message."""
     try:
         yield
     except kind as error:  # (without a message, say, for an empty data file: StopIteration)
@@ -102,14 +102,14 @@ class Config:
     prune_by: Literal["abs_advantage", "advantage", "random", "smallest"] = flag(
         "abs_advantage", "keep the largest |A|, the largest A, any, or the smallest |A|"
     )
-    refill: bool = flag(True, "fill the batch from new questions; else train k of N / G ones")
+    refill: bool = flag(True, "fill the batch; --no_refill: N / G questions as in GRPO, k of each")
     num_iterations: int = flag(2, "mu: optimizer steps on each batch", "[1, inf)")
     clip_eps: float = flag(0.2, "eps: the ratio is clipped to [1 - eps, 1 + eps]", "[0, 1)")
     beta: float = flag(0.04, "beta: weight of the KL term", "[0, inf)")
     learning_rate: float | None = flag(None, "peak of AdamW's cosine schedule", "[1e-12, inf)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the rate rises", "[0, 1)")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "[1e-12, inf)")
-    temperature: float = flag(1.0, "of sampling, and of every log-probability", "[0.01, inf)")
+    temperature: float = flag(1.0, "of samples to train on, and log-probabilities", "[0.01, inf)")
     max_prompt_tokens: int | None = flag(None, "longer prompts are not trained on", "[1, inf)")
     max_completion_tokens: int | None = flag(None, "longer completions are cut", "[1, inf)")
     tokens_per_microbatch: int | None = flag(None, "N x T of a forward pass, at most", "[1, inf)")
@@ -146,7 +146,7 @@ class Config:
             raise UserError("--sample_batch must be at least --group_size and --eval_samples")
         if self.eval_only and self.eval_questions == 0:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
-        whole_groups = not self.refill or self.num_kept == self.group_size  # as GRPO asks them
+        whole_groups = not self.refill or self.num_kept == self.group_size  # N / G questions
         divisor = int(os.environ.get("WORLD_SIZE", 1)) * (self.group_size if whole_groups else 1)
         if self.batch_size % divisor:
             what = f"{divisor}, ranks{' x --group_size' if whole_groups else ''}"
@@ -211,28 +211,6 @@ def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float = 1.0):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of the key-value cache with spare columns: a new token is written into the next one,
-    where the base class would copy all that came before, at every token."""
-
-    length = 0  # columns in use
-
-    def get_seq_length(self) -> int:
-        """The tokens that it holds, without the spare columns."""
-        return self.length
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Appends keys and values, (R, heads, new, D) each; returns all there are."""
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if start == 0:  # the prompts
-            super().update(key_states, value_states)
-        elif self.length > self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, 32)) for x in (self.keys, self.values))
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 @torch.no_grad()
 def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_ids, top_p=1.0):
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
@@ -242,10 +220,10 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     # Prompts are padded on the left: all end in the last column, where the completions begin.
     padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
     input_ids, attention_mask = padded.clamp(min=0), (padded >= 0).long()  # (Q, L), (Q, L)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)  # its usual layers would be copied at every token
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
     completions = [([], []) for _ in range(Q * group_size)]  # token ids, log-probabilities
-    running = completions  # those that have a row in the tensors: R of them
+    running = completions  # the same lists, of those that have a row in the tensors: R of them
     for t in range(max_tokens):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 where a prompt begins
         logits = model(
@@ -306,7 +284,7 @@ def same_number(given: str, answer: str) -> bool:
 
 def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) -> float:
     """2 if the text's answer is the right one to the letter, 1.5 if only as a number, else 0."""
-    given = (extract or extract_answer)(text)
+    given = extract_answer(text) if extract is None else extract(text)
     if not given:
         return 0.0  # no answer is never right
     if given == answer:
@@ -340,7 +318,7 @@ def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
 
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
     """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
-    `by`, ties to the lowest index, if |A| >= gamma. With gamma 0 all k stay, also where A = 0."""
+    `by` (of equal ones the first), less those with |A| < gamma. With gamma 0 all k stay."""
     abs_QG = advantages_QG.abs()
     score_QG = {
         "abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG,
@@ -398,7 +376,7 @@ class Batch:
     predicts: torch.Tensor  # (N, T) bool: the next token is one of the completion's
     mask: torch.Tensor  # (N, C) bool: the completion's own tokens, EOS included
     advantages: torch.Tensor  # (N,)
-    sampled_log_probs: torch.Tensor  # (N, C) the sampler's, 0 in padding, like those that follow
+    sampled_log_probs: torch.Tensor  # (N, C) the sampler's, 0 in padding; for sampling_gap alone
     old_log_probs: torch.Tensor | None = None  # (N, C) pi_old, from the first of the mu iterations
     ref_log_probs: torch.Tensor | None = None  # (N, C) pi_ref, if there is one
 
@@ -410,8 +388,8 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     length = torch.tensor([[len(r.token_ids)] for r in rows])  # (N, 1)  |o_i|
     T, C = max(r.num_tokens for r in rows), int(length.max())
     input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (N, T)
-    target = torch.arange(T) + 1 - prompt_length  # (N, T) index of the next token in the completion
-    predicts = (target >= 0) & (target < length)  # (N, T)
+    following = torch.arange(T) + 1 - prompt_length  # (N, T) place of the next token in o_i
+    predicts = (following >= 0) & (following < length)  # (N, T)
     mask = torch.arange(C) < length  # (N, C)
     advantages = torch.tensor([r.advantage for r in rows])  # (N,)
     sampled_log_probs = torch.tensor([(r.log_probs + [0.0] * C)[:C] for r in rows])  # (N, C)
@@ -451,7 +429,7 @@ def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
     """Eq. 5 without 1/N sum_i, which is update's: a loss for each completion, (N,).
     Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
-    own tokens: `kl` (eq. 4) and `clip_fraction`, where the clip leaves A without a gradient."""
+    own tokens: `kl` (eq. 4), and `clip_fraction`, 1 where the clip stops the pull of A."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (N, C)
@@ -477,9 +455,10 @@ def update(policy, reference, optimizer, scheduler, rows, config, world_size=1) 
     # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     batches = [make_batch(part, device) for part in pack(rows, config.tokens_per_microbatch)]
-    for batch in batches if config.beta > 0 else []:
+    if config.beta > 0:
         with torch.no_grad():
-            batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
+            for batch in batches:
+                batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "grad_norm", "sampling_gap"), 0.0)
     for iteration in range(mu):
         for batch in batches:
@@ -507,12 +486,12 @@ def update(policy, reference, optimizer, scheduler, rows, config, world_size=1) 
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient is not finite")
-        sums["grad_norm"] += norm * len(rows) / mu
+        sums["grad_norm"] += norm * len(rows) / mu  # a sum over rows, like the others
         if not N:  # zeros would let AdamW's momentum move the weights; no gradients do not
             optimizer.zero_grad()
         optimizer.step()
         scheduler.step()
-        # With DDP zeros, not None: it would let go of its buckets, and hold the gradients twice.
+        # With DDP zeros, not None: its buckets are the gradients' memory, and would be held twice.
         optimizer.zero_grad(set_to_none=world_size == 1)
     return sums
 
@@ -544,8 +523,7 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
         think += f"+1={tens + 1}" if carry else ""
         demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
         questions.append(Question(f"{a}+{b}=", str(a + b), demonstration))
-    # One is skipped in between: it may be the last test sum turned round.
-    return questions[:512] if split == "test" else questions[513 : 513 + 2560]
+    return questions[:512] if split == "test" else questions[512 : 512 + 2560]
 
 
 def table_questions(system: str, form: str, source: str, split: str) -> list[Question]:
@@ -558,7 +536,7 @@ def table_questions(system: str, form: str, source: str, split: str) -> list[Que
     columns, questions = ("question", "problem", "answer", "solution"), []
     kind = Path(source).suffix[1:].replace("jsonl", "json")
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
-        if kind in ("parquet", "json", "csv"):  # csv as text, or beside a 2.5 a 3 becomes 3.0
+        if kind in ("parquet", "json", "csv"):  # csv as text: else 3 may become 3.0
             options = {"converters": dict.fromkeys(columns, str)} if kind == "csv" else {}
             table = datasets.load_dataset(kind, data_files=source, split="train", **options)
         else:
@@ -695,9 +673,31 @@ def load_model_and_tokenizer(name: str | None):
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token: completions would never end")
     ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
-    ids = ids if isinstance(ids, list) else [ids]
-    model.generation_config.eos_token_id = sorted({*ids, tokenizer.eos_token_id} - {None})
+    eos_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos_ids))
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with spare columns: a new token is written into the next one,
+    where the base class would copy all that came before, at every token."""
+
+    length = 0  # columns in use
+
+    def get_seq_length(self) -> int:
+        """The tokens that it holds, without the spare columns."""
+        return self.length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends keys and values, (R, heads, new, D) each; returns all there are."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if start == 0:  # the prompts
+            return super().update(key_states, value_states)
+        if self.length > self.keys.shape[2]:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, 32)) for x in (self.keys, self.values))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 def copy_for(model, dtype: str):
@@ -770,7 +770,7 @@ def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, wo
         for question in itertools.islice(stream, math.ceil(WARM_START_BATCH / world_size)):
             token_ids = tokenizer(question.demonstration, add_special_tokens=False).input_ids
             token_ids.append(tokenizer.eos_token_id)
-            A = len(token_ids) / config.max_completion_tokens
+            A = len(token_ids) / config.max_completion_tokens  # at most 1
             rows.append(Completion(question.prompt_ids, token_ids, advantage=A))
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
             update(policy, None, optimizer, scheduler, rows, imitation, world_size)
@@ -828,9 +828,8 @@ def append_metrics(folder: Path, record: dict):
 
 def summary(folder: Path) -> str:
     """What the run in `folder` has paid, from its metrics.jsonl."""
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    paid = [(m["questions"], m["step_seconds"]) for m in records if "questions" in m]
-    asked, seconds = sum(q for q, _ in paid), sum(s for _, s in paid)
+    records = [*map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
+    asked, seconds = (sum(m.get(n, 0) for m in records) for n in ("questions", "step_seconds"))
     return f"cppo: {asked:,} questions, {seconds / max(1, asked):.3g} seconds each, in {folder}"
 
 
@@ -841,11 +840,13 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, model, tokenizer, state: dict):
-    """Writes checkpoint-STEP, then deletes all but the newest two and checkpoint-0, pi_ref. Crash
-    at any moment, or fill the disk: those before it stay whole. Raises UserError."""
+    """Writes checkpoint-STEP, in place of all but the newest and checkpoint-0, pi_ref. Crash at any
+    moment, or fill the disk: those two stay whole. Raises UserError."""
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
-    with blame(f"{path} cannot be written, those before it stay"):
+    for old in find_checkpoints(folder)[1:-1]:  # first: Adam's moments make them large
+        shutil.rmtree(old, ignore_errors=True)
+    with blame(f"{path} cannot be written, the one before it stays"):
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / "trainer_state.pt")
@@ -854,8 +855,6 @@ def save_checkpoint(folder: Path, model, tokenizer, state: dict):
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
         unfinished.rename(path)
-    for old in find_checkpoints(folder)[1:-2]:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(folder: Path, config: Config, world_size: int) -> dict:
@@ -868,7 +867,7 @@ def load_state(folder: Path, config: Config, world_size: int) -> dict:
         state = torch.load(path / "trainer_state.pt", "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
-    may_change |= {"tokens_per_microbatch", "sample_batch"}  # by rounding, and by chance
+    may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
     for name, now in (asdict(config) | {"ranks": world_size}).items():
         if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
@@ -886,12 +885,13 @@ def set_up(config: Config) -> tuple:
     rank, world_size, device = init_distributed()
     state = load_state(folder, config, world_size)
     step = state.get("step", -1)
-    if sum_over_ranks({"step": step})["step"] != step * world_size:
+    if sum_over_ranks({"step": step})["step"] != step * world_size:  # not all are equal
         raise UserError("--resume: --output_dir must be one folder that all machines share")
-    TASKS[config.task].answer_reward("<answer>\\boxed{1}</answer>", "2")  # fails now, if ever
+    loaded, test_questions = load_questions(config)
+    answer = [*loaded, *test_questions][0].answer
+    TASKS[config.task].answer_reward("<answer>\\boxed{?}</answer>", answer)  # fails now, if ever
     torch.manual_seed(config.seed)  # of the tiny model's weights
     model, tokenizer = load_model_and_tokenizer(state.get("path", config.model))
-    loaded, test_questions = load_questions(config)
     with blame(f"--model {config.model}: its chat template refuses the messages"):
         encode_prompts([*loaded, *test_questions], tokenizer)
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
@@ -929,8 +929,8 @@ def train(config: Config):
     if not state:
         append_metrics(folder, warm_start(policy, tokenizer, deal(), config, world_size))
     sampler = model if config.dtype == "float32" else copy_for(model, config.dtype)
-    reference = load_model_and_tokenizer(folder / "checkpoint-0")[0] if state else model
-    reference = copy_for(reference, config.dtype).to(model.device) if config.beta > 0 else None
+    initial = load_model_and_tokenizer(folder / "checkpoint-0")[0] if state else model
+    reference = copy_for(initial.to(model.device), config.dtype) if config.beta > 0 else None
     updates, asked = steps * config.num_iterations, state.get("asked", [0] * world_size)
     optimizer, scheduler = make_optimizer(policy, config.learning_rate, updates, config)
     if state:
@@ -940,7 +940,7 @@ def train(config: Config):
     draw = partial(rollout, sampler, tokenizer, config, G, config.temperature, 1.0)
     for step in tqdm(range(first, steps + 1), config.task, disable=not IS_FIRST_RANK):
         if step > 0:  # step 0 is only evaluated and saved
-            # So a resumed step draws the same numbers. (hash: manual_seed looks at 32 bits only.)
+            # So a resumed step draws the same numbers. (hash: the CPU's seed has 32 bits only.)
             torch.manual_seed(hash((config.seed, step, rank)))
             times, rate = [time.perf_counter()], scheduler.get_last_lr()[0]
             kept, sampled, rounds = collect_batch(draw, stream, room, config)
@@ -960,18 +960,18 @@ def train(config: Config):
         if test_questions and (step == steps or step % (config.eval_every or steps) == 0):
             append_metrics(folder, {"step": step, **test(sampler)})
         if IS_FIRST_RANK and (step == steps or step % (config.save_every or steps) == 0):
-            state = {"step": step, "asked": asked, "config": asdict(config)}
-            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            save_checkpoint(folder, model, tokenizer, state)
+            now = {"step": step, "asked": asked, "config": asdict(config)}
+            now |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            save_checkpoint(folder, model, tokenizer, now)
     say(summary(folder) if IS_FIRST_RANK else "")
 
 
 def main():
     """The command line: a user's mistake is one line on stderr, and exit status 2."""
     # Else glibc hands freed tensors back to the kernel, which wipes new pages: a tenth of a step.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     sys.stdout.reconfigure(line_buffering=True)
     options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)

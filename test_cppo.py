@@ -850,15 +850,18 @@ def math_verify(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_the_math_reward_needs_its_package_and_is_2_for_equal_expressions(math_verify, monkeypatch):
+def test_the_math_reward_needs_its_package_and_is_2_for_equals(math_verify, tmp_path, monkeypatch):
     for text, answer, reward in (
         (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
         ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
     ):  # fmt: skip
         assert cppo.math_reward(text, answer) == reward
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"problem": "1 + 1", "answer": 2}\n')
+    settings = Config(task="math", model="no/such", train_data=str(file), test_data=str(file))
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match="pip install math-verify"):
-        cppo.train(Config(task="math", model="no/such", output_dir="no/such", train_data="none"))
+        cppo.train(settings)
 
 
 def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_template_has():
@@ -893,9 +896,14 @@ def test_a_model_folder_must_be_whole_and_all_of_its_eos_tokens_count(tmp_path, 
             cppo.load_model_and_tokenizer(str(tmp_path / str(i)))
     folder = save_tiny_model(tmp_path)
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        settings = {
+            "eos_token_id": ids,
+            "temperature": 0.6,
+        }  # without do_sample: some are like that
+        (folder / "generation_config.json").write_text(json.dumps(settings))
         model, tokenizer = cppo.load_model_and_tokenizer(str(folder))
         assert model.generation_config.eos_token_id == want and not model.training
+        model.save_pretrained(tmp_path / "saved")
     tokenizer.eos_token = None
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
     with pytest.raises(UserError, match="no EOS token"):
@@ -960,7 +968,9 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeyp
         patch.setattr(getattr(cppo, owner), name, lambda *_: (_ for _ in ()).throw(error))
         save(tmp_path, 3)
     if where == "full disk":
-        assert "checkpoint-3 cannot be written, those before it stay: [Errno 28]" in str(stop.value)
+        assert "checkpoint-3 cannot be written, the one before it stays: [Errno 28]" in str(
+            stop.value
+        )
     state = resumed(tmp_path)
     assert state["step"] == 2
     cppo.load_model_and_tokenizer(str(state["path"]))
@@ -1070,8 +1080,6 @@ CLIPPED_HIGHER = [  # ratio, A, loss, with eps 0.2 and eps_high 0.28
     (1.25, 1.0, -1.25, "what does better may rise up to 1 + eps_high"),
     (1.5, 1.0, -1.28, "above 1 + eps_high it is held"),
     (0.75, -1.0, 0.8, "the lower bound stays 1 - eps: what does worse must not vanish"),
-    (1.5, -1.0, 1.5, "min leaves it free to come back"),
-    (0.5, 1.0, -0.5, "min leaves it free to come back"),
 ]
 
 
