@@ -27,6 +27,7 @@ from collections import Counter
 from dataclasses import asdict, fields
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's, on any machine
 import datasets
 import pytest
 import torch
@@ -1351,7 +1352,7 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
     assert all(step["reward"] > step["format"] + 2 * step["accuracy"] for step in steps)  # it pays
-    assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # half the steps, half the way
+    assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # in 12 of the 80 steps
 
 
 @pytest.mark.slow
@@ -1489,7 +1490,7 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
     outputs = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_equal_runs(whole_run(2), tmp_path / "run")
-    for step in read_metrics(tmp_path / "run")[2:-1]:  # and both do what one rank does
+    for step in read_metrics(tmp_path / "run")[2:-1]:  # and the batch is full
         assert step["kept"] == 32 and step["questions"] == 16 and step["sampling_gap"] < 1e-4
 
 
