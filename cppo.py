@@ -523,7 +523,7 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
         think += f"+1={tens + 1}" if carry else ""
         demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
         questions.append(Question(f"{a}+{b}=", str(a + b), demonstration))
-    return questions[:512] if split == "test" else questions[512 : 512 + 2560]
+    return questions[:512] if split == "test" else questions[512 : 512 + 2560]  # 512 cuts no pair
 
 
 def table_questions(system: str, form: str, source: str, split: str) -> list[Question]:
