@@ -1,7 +1,28 @@
-"""CPPO: train a reasoning model by reinforcement learning; pay only for completions that teach.
+"""CPPO: train a reasoning model by reinforcement learning, with few of GRPO's forward passes.
 
-Completion Pruning Policy Optimization (Lin, Lin, Xie, Ji, arXiv 2503.22342) is GRPO that throws
-most completions away before the expensive part. One step, in the order of this file:
+GRPO trains a language model, the policy, on its own attempts. It samples a group of G completions
+of each question and rewards each of them. The advantage A of a completion says how far its reward
+lies above or below the mean of its group. The loss makes the tokens of completions with A > 0
+likelier, of those with A < 0 less likely. It compares the policy with two older states of itself:
+pi_old, which sampled the completions, and the reference pi_ref, where the run began, from which
+the policy should not stray far.
+
+CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
+completions of each question with the largest |A|. A completion's gradient is A times that of its
+log-probability, so a small |A| hardly teaches, and A is known before any of the expensive passes.
+All G are still sampled; what is saved, for each question, comes after:
+
+    rows a question costs    sampled    reference    policy, forward and backward
+    GRPO                     G          G            G mu
+    CPPO                     G          k            k mu
+
+A step trains N completions, so it asks N / k questions where GRPO asks N / G. That is the refill:
+the room that pruning frees goes to further questions. A step is not shorter, it learns from more.
+
+    python cppo.py                          additions, on a laptop, in half a minute
+    torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
+
+One step, in the order of this file:
 
     questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| of each
     -> log-probabilities (policy, reference) of the kept -> loss -> mu optimizer steps
@@ -15,23 +36,29 @@ The equations, each again beside the line that computes it:
     (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
                                                   - beta KL_t }
 
-Unlike GRPO: (2), and that a step asks N / k questions where GRPO asks N / G. That is the refill:
-the room that pruning frees goes to completions of further questions. --pruning_rate 0 is GRPO.
+Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO.
 Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
 lose everything), k is never 0, and (5) averages over tokens, then over the completions of all
 ranks, as the paper writes it, however they fall into micro-batches and ranks.
 
-Letters of shapes. Rows are question-major, repeat_interleave in, view(Q, G) out, until pack sorts.
+Letters of shapes:
 
-    Q questions                 N completions trained in a step    L prompt tokens
-    G completions a question      (in shapes: a micro-batch's)     C completion tokens
-    k kept a question           R completions being sampled        T = L + C of a row, V vocabulary
+    Q questions                 L prompt tokens            B rows of a micro-batch
+    G completions a question    C completion tokens        R rows that are being sampled
+    k kept a question           T = L + C of a row         N rows of a step, of all ranks
+    V vocabulary
+
+Rows are question-major: with Q = 2 and G = 3 they belong to questions 0 0 0 1 1 1, so that
+rewards.view(Q, G) has a question in each row. A suffix, as in rewards_QG, names such a shape.
 """
 
 import argparse
 import contextlib
 import copy
 import ctypes
+import fcntl
+import glob
+import hashlib
 import itertools
 import json
 import math
@@ -42,7 +69,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -54,14 +81,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-MAX_REFILL_ROUNDS = 4  # of sampling in a step: where gamma leaves room in the batch
-WARM_START_BATCH = 32  # demonstrations a step, by all ranks
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints and writes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+MAX_REFILL_ROUNDS = 4  # of sampling in a step; gamma may leave room in the batch after each
+MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
+WARM_START_BATCH = 32  # demonstrations a step, on all ranks
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
-IS_FIRST_RANK = os.environ.get("RANK", "0") == "0"  # the one process that writes and prints
 
 
 class UserError(Exception):
@@ -73,28 +103,33 @@ def blame(what: str, kind: type[Exception] = Exception):
     """Turns an error in its block into a UserError: `what` to change, and the error's message."""
     try:
         yield
-    except kind as error:  # (without a message, say, for an empty data file: StopIteration)
-        raise UserError(f"{what}: {str(error) or repr(error)}") from error
+    except kind as error:
+        reason = str(error) or repr(error)  # StopIteration, say, comes without a message
+        raise UserError(f"{what}: {reason}") from error
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
 def flag(default, text: str, interval: str = ""):
     """A dataclass field that HfArgumentParser turns into a flag. A number must lie in the interval
     [low, high), which --help shows as its metavar."""
-    limits = {"metavar": interval} if interval else {}
-    return field(default=default, metadata={"help": text} | limits)
+    metadata = {"help": text}
+    if interval:
+        metadata["metavar"] = interval
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
     """All settings of a run. Fills in the task's defaults and checks itself; raises UserError."""
 
+    # Task and data
     task: str = flag("auto", "one of TASKS; auto: gsm8k with CUDA or data files, else arithmetic")
     model: str | None = flag(None, "hub name or folder of a causal language model")
     train_data: str | None = flag(None, "parquet, json, jsonl or csv file, or hub NAME[:SUBSET]")
     test_data: str | None = flag(None, "the same, to evaluate on; unset: the task's own")
-    output_dir: str | None = flag(None, "folder to write to; unset: runs/TASK")
-    steps: int | None = flag(None, "training steps; unset: by task, or an epoch", "[0, inf)")
+    max_prompt_tokens: int | None = flag(None, "longer prompts are not trained on", "[1, inf)")
+
+    # The batch and pruning
     batch_size: int | None = flag(None, "N: completions trained a step, by all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
@@ -102,27 +137,37 @@ class Config:
     prune_by: Literal["abs_advantage", "advantage", "random", "smallest"] = flag(
         "abs_advantage", "keep the largest |A|, the largest A, any, or the smallest |A|"
     )
-    refill: bool = flag(True, "fill the batch; --no_refill: N / G questions as in GRPO, k of each")
+
+    # The loss
     num_iterations: int = flag(2, "mu: optimizer steps on each batch", "[1, inf)")
     clip_eps: float = flag(0.2, "eps: the ratio is clipped to [1 - eps, 1 + eps]", "[0, 1)")
     beta: float = flag(0.04, "beta: weight of the KL term", "[0, inf)")
+
+    # The optimizer
+    steps: int | None = flag(None, "training steps; unset: by task, or an epoch", "[0, inf)")
     learning_rate: float | None = flag(None, "peak of AdamW's cosine schedule", "[1e-12, inf)")
     warmup_ratio: float = flag(0.1, "share of the steps in which the rate rises", "[0, 1)")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", "[1e-12, inf)")
-    temperature: float = flag(1.0, "of samples to train on, and log-probabilities", "[0.01, inf)")
-    max_prompt_tokens: int | None = flag(None, "longer prompts are not trained on", "[1, inf)")
-    max_completion_tokens: int | None = flag(None, "longer completions are cut", "[1, inf)")
-    tokens_per_microbatch: int | None = flag(None, "N x T of a forward pass, at most", "[1, inf)")
-    sample_batch: int = flag(1024, "completions sampled at once, at most", "[2, inf)")
-    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of compute; unset: by hardware")
     warm_start_steps: int | None = flag(None, "steps of imitation before CPPO", "[0, inf)")
     warm_start_learning_rate: float | None = flag(None, "their peak rate", "[1e-12, inf)")
+    tokens_per_microbatch: int | None = flag(None, "B x T of a forward pass, at most", "[1, inf)")
+
+    # Sampling
+    temperature: float = flag(1.0, "of samples to train on, and log-probabilities", "[0.01, inf)")
+    max_completion_tokens: int | None = flag(None, "longer completions are cut", "[1, inf)")
+    sample_batch: int = flag(1024, "completions sampled at once, at most", "[2, inf)")
+
+    # Evaluation
     eval_questions: int | None = flag(None, "test on the first so many; unset: all", "[0, inf)")
     eval_samples: int = flag(1, "completions each; 1: greedy, several: sampled", "[1, inf)")
     eval_every: int = flag(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
+
+    # The run
+    output_dir: str | None = flag(None, "folder to write to; unset: runs/TASK")
     save_every: int = flag(20, "steps between checkpoints; 0: at the start and the end", "[0, inf)")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir, if there is one")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "of compute; unset: by hardware")
     seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483648)")
 
     def __post_init__(self):
@@ -131,26 +176,39 @@ class Config:
             self.task = "gsm8k" if cuda or self.train_data or self.test_data else "arithmetic"
         if self.task not in TASKS:
             raise UserError(f"--task must be auto or one of {', '.join(TASKS)}, not {self.task}")
-        unset = {"output_dir": f"runs/{self.task}", "dtype": "bfloat16" if cuda else "float32"}
-        unset["tokens_per_microbatch"] = 4096 if cuda else 1024
-        for name, value in (unset | TASKS[self.task].defaults).items():
+
+        defaults = {
+            "output_dir": f"runs/{self.task}",
+            "dtype": "bfloat16" if cuda else "float32",
+            "tokens_per_microbatch": 4096 if cuda else 1024,
+            **TASKS[self.task].defaults,
+        }
+        default_batch_size = defaults.pop("batch_size")
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
         for f in fields(self):
-            value, interval = getattr(self, f.name), f.metadata.get("metavar")
-            if value is not None and interval:
+            value = getattr(self, f.name)
+            interval = f.metadata.get("metavar")
+            if interval and value is not None:
                 low, high = map(float, interval[1:-1].split(","))
                 if not low <= value < high:
                     raise UserError(f"--{f.name} must be in {interval}, not {value}")
+
+        # A batch is whole questions, k completions of each, and as many on every rank.
+        unit = WORLD_SIZE * self.num_kept
+        wanted = self.batch_size or default_batch_size
+        lower = max(1, wanted // unit) * unit
+        if self.batch_size and self.batch_size % unit:
+            nearest = f"{unit} (ranks x k), {lower} or {lower + unit}"
+            raise UserError(f"--batch_size {self.batch_size} must be a multiple of {nearest}")
+        self.batch_size = lower
+
         if self.sample_batch < max(self.group_size, self.eval_samples):
             raise UserError("--sample_batch must be at least --group_size and --eval_samples")
         if self.eval_only and self.eval_questions == 0:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
-        whole_groups = not self.refill or self.num_kept == self.group_size  # N / G questions
-        divisor = int(os.environ.get("WORLD_SIZE", 1)) * (self.group_size if whole_groups else 1)
-        if self.batch_size % divisor:
-            what = f"{divisor}, ranks{' x --group_size' if whole_groups else ''}"
-            raise UserError(f"--batch_size {self.batch_size} must be divisible by {what}")
 
     @property
     def num_kept(self) -> int:
@@ -167,6 +225,7 @@ class Question:
     answer: str
     demonstration: str = ""  # a completion to imitate in the warm start
     prompt_ids: list[int] = field(default_factory=list)  # L tokens, from encode_prompts
+    opening: str = ""  # the "<think>" that a chat template wrote: it is scored with the completion
 
 
 @dataclass
@@ -177,6 +236,8 @@ class Completion:
     token_ids: list[int]  # |o_i| tokens, the last one EOS unless truncated
     log_probs: list[float] = field(default_factory=list)  # |o_i| of them, the sampler's own
     truncated: bool = False
+    text: str = ""  # what is scored, against the answer
+    answer: str = ""
     format_reward: float = 0.0  # 0 or 1
     accuracy_reward: float = 0.0  # 0 to 2; from 1.5 on the answer is right
     advantage: float = 0.0  # A_i, once its group is known
@@ -198,33 +259,66 @@ def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float = 1.0):
     with top_p < 1 only the likeliest tokens count, the fewest that together reach top_p."""
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
+
     probs = F.softmax(logits.float() / temperature, dim=-1)  # (R, V)
     if top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True)  # (R, V)
         likelier = ranked.cumsum(-1) - ranked  # (R, V) what the tokens before it add up to
         probs = probs.scatter(-1, order, ranked * (likelier < top_p))
         probs = probs / probs.sum(-1, keepdim=True)
-    # Inverse CDF: one random number a row (torch.multinomial draws V). float64: V roundings add up.
+
+    # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
+    # It is summed in float64, because V roundings add up.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
-    tokens = torch.searchsorted(cdf, threshold, right=True).clamp(max=cdf.shape[1] - 1)  # (R, 1)
+    tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1)
+    tokens = tokens.clamp(max=cdf.shape[1] - 1)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of the key-value cache with spare columns: a new token is written into the next one,
+    where the base class would copy all that came before, at every token."""
+
+    length = 0  # columns in use
+
+    def get_seq_length(self) -> int:
+        """The tokens that it holds, without the spare columns."""
+        return self.length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends keys and values, (R, heads, new, D) each; returns all there are."""
+        start = self.length
+        self.length += key_states.shape[2]
+        if start == 0:  # the prompts
+            return super().update(key_states, value_states)
+        if self.length > self.keys.shape[2]:
+            spare = max(32, self.length // 4)
+            self.keys = F.pad(self.keys, (0, 0, 0, spare))
+            self.values = F.pad(self.values, (0, 0, 0, spare))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 @torch.no_grad()
 def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_ids, top_p=1.0):
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
-    A completion is two lists, token ids and their log-probabilities. It ends with an EOS, unless it
-    was cut at `max_tokens`. Temperature 0 is greedy."""
-    Q, L, device = len(prompts), max(map(len, prompts)), model.device
+    Each ends with an EOS, unless it was cut at `max_tokens`. Temperature 0 is greedy."""
+    Q = len(prompts)
+    L = max(map(len, prompts))
+    device = model.device
     # Prompts are padded on the left: all end in the last column, where the completions begin.
     padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
-    input_ids, attention_mask = padded.clamp(min=0), (padded >= 0).long()  # (Q, L), (Q, L)
-    cache = DynamicCache(config=model.config)  # its usual layers would be copied at every token
+    input_ids = padded.clamp(min=0)  # (Q, L)
+    attention_mask = (padded >= 0).long()  # (Q, L)
+    cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
-    completions = [([], []) for _ in range(Q * group_size)]  # token ids, log-probabilities
-    running = completions  # the same lists, of those that have a row in the tensors: R of them
-    for t in range(max_tokens):
+
+    # A completion counts as truncated until its EOS comes.
+    completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
+    running = list(completions)  # those that have a row in the tensors, R of them
+    for t in progress_bar(range(max_tokens), "tokens"):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 where a prompt begins
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache,
@@ -233,21 +327,26 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         if t == 0:  # each prompt was read once: now every one of its G completions gets a row
             chosen = torch.arange(Q, device=device).repeat_interleave(group_size)  # (R,)
             cache.reorder_cache(chosen)
-            logits, attention_mask = logits[chosen], attention_mask[chosen]
+            logits = logits[chosen]
+            attention_mask = attention_mask[chosen]
+
         tokens, log_probs = sample_tokens(logits, temperature, top_p)  # (R,), (R,)
-        for (ids, lps), token, lp in zip(running, tokens.tolist(), log_probs.tolist(), strict=True):
-            if not ids or ids[-1] not in eos_ids:  # else it has ended, but still has a row
-                ids.append(token)
-                lps.append(lp)
-        unfinished = [row for row, (ids, _) in enumerate(running) if ids[-1] not in eos_ids]
+        for c, token, log_prob in zip(running, tokens.tolist(), log_probs.tolist(), strict=True):
+            if c.truncated:  # else it has ended, but still has a row
+                c.token_ids.append(token)
+                c.log_probs.append(log_prob)
+                c.truncated = token not in eos_ids
+
+        unfinished = [row for row, c in enumerate(running) if c.truncated]
         if not unfinished:
             break
         # The ended ones lose their rows once they are a quarter: each time copies the cache.
         if len(unfinished) <= 0.75 * len(running):
+            running = [running[row] for row in unfinished]
             chosen = torch.tensor(unfinished, device=device)  # (R,)
             cache.reorder_cache(chosen)
-            tokens, attention_mask = tokens[chosen], attention_mask[chosen]
-            running = [running[row] for row in unfinished]
+            tokens = tokens[chosen]
+            attention_mask = attention_mask[chosen]
         input_ids = tokens[:, None]  # (R, 1)
         attention_mask = F.pad(attention_mask, (0, 1), value=1)  # (R, L + t + 1)
     return completions
@@ -277,9 +376,14 @@ def format_reward(text: str) -> float:
 
 def same_number(given: str, answer: str) -> bool:
     """Whether both are one number, exactly; commas, $, % and a full stop left aside."""
-    matches = [NUMBER.fullmatch(text.replace("\N{MINUS SIGN}", "-")) for text in (given, answer)]
-    values = [m and Decimal((m[1] or m[2] or "") + m[3].replace(",", "")) for m in matches]
-    return None not in values and values[0] == values[1]
+    values = []
+    for text in (given, answer):
+        match = NUMBER.fullmatch(text.replace("\N{MINUS SIGN}", "-"))
+        if not match:
+            return False
+        sign = match[1] or match[2] or ""
+        values.append(Decimal(sign + match[3].replace(",", "")))
+    return values[0] == values[1]
 
 
 def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) -> float:
@@ -292,39 +396,61 @@ def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) ->
     return nearly if same(given, answer) else 0.0
 
 
-def rollout(model, tokenizer, config, group_size, temperature, top_p, questions):
+def task_reward(text: str, answer: str, task: str) -> float:
+    """The task's own reward, which must be a finite number; raises UserError."""
+    value = TASKS[task].answer_reward(text, answer)
+    try:
+        reward = float(value)
+    except (TypeError, ValueError, OverflowError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        what = f"its reward is {value!r}, not a finite number, for the answer {answer!r}"
+        raise UserError(f"--task {task}: {what}")
+    return reward
+
+
+def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=1.0):
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
-    eos_ids, limit = model.generation_config.eos_token_id, config.max_completion_tokens
-    at_once = config.sample_batch // group_size  # questions whose completions fit in memory
-    chunks = [questions[i : i + at_once] for i in range(0, len(questions), at_once)]
+    eos_ids = model.generation_config.eos_token_id
+    at_once = min(MAX_PROMPTS, config.sample_batch // group_size)
     completions = []
-    for chunk in tqdm(chunks, "sampling", leave=False, disable=not IS_FIRST_RANK):
-        prompts = [question.prompt_ids for question in chunk]
-        sampled = sample_completions(model, prompts, group_size, limit, temperature, eos_ids, top_p)
-        for i, (token_ids, log_probs) in enumerate(sampled):
-            q, text = chunk[i // group_size], tokenizer.decode(token_ids, skip_special_tokens=True)
-            truncated = token_ids[-1] not in eos_ids
-            rewards = format_reward(text), TASKS[config.task].answer_reward(text, q.answer)
-            completions.append(Completion(q.prompt_ids, token_ids, log_probs, truncated, *rewards))
+    for start in range(0, len(questions), at_once):
+        chunk = questions[start : start + at_once]
+        sampled = sample_completions(
+            model, [q.prompt_ids for q in chunk], group_size, config.max_completion_tokens,
+            temperature, eos_ids, top_p,
+        )  # fmt: skip
+        for i, c in enumerate(sampled):
+            question = chunk[i // group_size]
+            # All that the model wrote is scored, special tokens too, which the tags may be.
+            written = c.token_ids if c.truncated else c.token_ids[:-1]
+            c.text = question.opening + tokenizer.decode(written)
+            c.answer = question.answer
+            c.format_reward = format_reward(c.text)
+            c.accuracy_reward = task_reward(c.text, c.answer, config.task)
+        completions += sampled
     return completions
 
 
 # --- Advantages and pruning -----------------------------------------------------------------------
 def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
-    """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G)."""
+    """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G).
+    In a dead group all rewards are equal, so that every A is 0: only the KL term is left."""
     std, mean = torch.std_mean(rewards_QG, dim=1, keepdim=True)  # (Q, 1) each; std is over G - 1
     return (rewards_QG - mean) / (std + 1e-4)
 
 
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
     """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
-    `by` (of equal ones the first), less those with |A| < gamma. With gamma 0 all k stay."""
+    `by` (of equal ones the first), less those with |A| < gamma. With gamma 0 all k stay.
+    |A|, because the gradient is A times that of the log-probability: far below the mean teaches
+    as much as far above it."""
     abs_QG = advantages_QG.abs()
-    score_QG = {
-        "abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG,
-        "random": torch.rand_like(abs_QG) if by == "random" else None,
-    }[by]  # fmt: skip
-    # stable: topk would leave it open which of equal ones come first
+    if by == "random":
+        score_QG = torch.rand_like(abs_QG)
+    else:
+        score_QG = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}[by]
+    # The sort is stable; topk would leave it open which of equal ones come first.
     order = score_QG.sort(dim=1, descending=True, stable=True).indices  # (Q, G)
     best_QG = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_kept], True)
     return best_QG & (abs_QG >= gamma)
@@ -334,24 +460,20 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tenso
 def collect_batch(draw, stream: Iterator[Question], room: int, config: Config):
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
-    `draw(questions)` gives Q G scored completions; `room` is the number of rows that this rank
-    trains in a step. Returns the kept ones (at most `room`), all sampled ones, and the rounds.
-    As each question keeps k, a single round asks all the questions that it takes. Only if gamma
-    drops some is there room left for another round, of MAX_REFILL_ROUNDS at most."""
+    `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
+    that this rank trains in a step. Returns the kept ones (at most `room`), all sampled ones, and
+    the rounds. As each question keeps k, a single round asks all the questions that it takes. Only
+    if gamma drops some is there room for another round, of MAX_REFILL_ROUNDS at most. In the end
+    fewer than k rows may stay empty."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
-    while len(kept) < room and rounds < (MAX_REFILL_ROUNDS if config.refill else 1):
-        free = room - len(kept)
-        # Without refill it asks as few questions as GRPO, which keeps all G of each.
-        Q = math.ceil(free / k) if config.refill else free // G
+    while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
+        Q = (room - len(kept)) // k
         completions = draw(list(itertools.islice(stream, Q)))  # Q G
         # float64: a mean of rewards such as 0.1 is off by a rounding, which eq. 1 divides by 1e-4
         rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)  # (Q G,)
-        advantages_QG = group_advantages(rewards.view(-1, G))
+        advantages_QG = group_advantages(rewards.view(Q, G))
         keep_QG = prune(advantages_QG, k, config.gamma, config.prune_by)
-        k_of_last = free - (Q - 1) * k
-        if k_of_last < k:  # k does not divide the room: the last question keeps what fits
-            keep_QG[-1:] = prune(advantages_QG[-1:], k_of_last, config.gamma, config.prune_by)
         for c, advantage in zip(completions, advantages_QG.flatten().tolist(), strict=True):
             c.advantage = advantage
         kept += itertools.compress(completions, keep_QG.flatten().tolist())
@@ -363,7 +485,7 @@ def collect_batch(draw, stream: Iterator[Question], room: int, config: Config):
 # --- Log-probabilities ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """N rows: prompt, completion, padding on the right, which no token before it attends to.
+    """B rows: prompt, completion, padding on the right, which no token before it attends to.
 
     A row with the prompt p q and the completion a b, padded to T = 5 and C = 3:
 
@@ -372,27 +494,28 @@ class Batch:
         mask       1 1 0        a and b
     """
 
-    input_ids: torch.Tensor  # (N, T)
-    predicts: torch.Tensor  # (N, T) bool: the next token is one of the completion's
-    mask: torch.Tensor  # (N, C) bool: the completion's own tokens, EOS included
-    advantages: torch.Tensor  # (N,)
-    sampled_log_probs: torch.Tensor  # (N, C) the sampler's, 0 in padding; for sampling_gap alone
-    old_log_probs: torch.Tensor | None = None  # (N, C) pi_old, from the first of the mu iterations
-    ref_log_probs: torch.Tensor | None = None  # (N, C) pi_ref, if there is one
+    input_ids: torch.Tensor  # (B, T)
+    predicts: torch.Tensor  # (B, T) bool: the next token is one of the completion's
+    mask: torch.Tensor  # (B, C) bool: the completion's own tokens, EOS included
+    advantages: torch.Tensor  # (B,)
+    sampled_log_probs: torch.Tensor  # (B, C) the sampler's, 0 in padding; for sampling_gap alone
+    old_log_probs: torch.Tensor | None = None  # (B, C) pi_old, from the first of the mu iterations
+    ref_log_probs: torch.Tensor | None = None  # (B, C) pi_ref, if there is one
 
 
 def make_batch(rows: list[Completion], device="cpu") -> Batch:
-    """Pads N rows to the longest. The masks come from lengths, not from a padding token: its id is
+    """Pads B rows to the longest. The masks come from lengths, not from a padding token: its id is
     often that of EOS as well, and then no EOS would ever be trained."""
-    prompt_length = torch.tensor([[len(r.prompt_ids)] for r in rows])  # (N, 1)
-    length = torch.tensor([[len(r.token_ids)] for r in rows])  # (N, 1)  |o_i|
-    T, C = max(r.num_tokens for r in rows), int(length.max())
-    input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (N, T)
-    following = torch.arange(T) + 1 - prompt_length  # (N, T) place of the next token in o_i
-    predicts = (following >= 0) & (following < length)  # (N, T)
-    mask = torch.arange(C) < length  # (N, C)
-    advantages = torch.tensor([r.advantage for r in rows])  # (N,)
-    sampled_log_probs = torch.tensor([(r.log_probs + [0.0] * C)[:C] for r in rows])  # (N, C)
+    prompt_length = torch.tensor([[len(r.prompt_ids)] for r in rows])  # (B, 1)
+    length = torch.tensor([[len(r.token_ids)] for r in rows])  # (B, 1)  |o_i|
+    T = max(r.num_tokens for r in rows)
+    C = int(length.max())
+    input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (B, T)
+    next_place = torch.arange(T) + 1 - prompt_length  # (B, T) place of the next token in o_i
+    predicts = (next_place >= 0) & (next_place < length)  # (B, T)
+    mask = torch.arange(C) < length  # (B, C)
+    advantages = torch.tensor([r.advantage for r in rows])  # (B,)
+    sampled_log_probs = torch.tensor([(r.log_probs + [0.0] * C)[:C] for r in rows])  # (B, C)
     tensors = (input_ids, predicts, mask, advantages, sampled_log_probs)
     return Batch(*(x.to(device) for x in tensors))
 
@@ -410,90 +533,172 @@ def pack(rows: list[Completion], tokens_per_microbatch: int) -> list[list[Comple
 
 
 def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
-    """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (N, C), 0 in padding."""
-    # V is large: the model computes logits only where they predict a completion's token, at
-    # M = sum_i |o_i| places. In the row p q a b - of Batch, at q and a; the targets are a and b.
+    """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
+    # V is large, so logits are computed only where they predict a completion's token. The model
+    # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
-    targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (M,)
+    targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (M,) in p q a b -: a and b
     log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
+    # Both masks list the completions' tokens row by row, so the M values fall into their places.
     return log_probs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_probs)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
 def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """1/|o_i| sum_t, for each completion: (N, C) -> (N,)"""
+    """1/|o_i| sum_t, for each completion: (B, C) -> (B,)"""
     return (values * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
-    """Eq. 5 without 1/N sum_i, which is update's: a loss for each completion, (N,).
-    Log-probabilities and mask are (N, C), advantages (N,). The statistics are (N,) too, means over
+    """Eq. 5 without 1/N sum_i, which is accumulate_gradient's: a loss for each completion, (B,).
+    Log-probabilities and mask are (B, C), advantages (B,). The statistics are (B,) too, means over
     own tokens: `kl` (eq. 4), and `clip_fraction`, 1 where the clip stops the pull of A."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
-    ratio = torch.exp(log_probs - old_log_probs)  # (N, C) rho, eq. 3
-    unclipped = ratio * advantages[:, None]  # (N, C)
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (N, C)
+    ratio = torch.exp(log_probs - old_log_probs)  # (B, C) rho, eq. 3
+    unclipped = ratio * advantages[:, None]  # (B, C)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
+        # It starts at exactly 0 in float32; in bfloat16 the reference's roundings differ.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
-        kl = torch.exp(log_ref) - log_ref - 1  # (N, C) eq. 4
-    losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (N,)
+        kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
+    losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
     clip_fraction = token_mean((clipped < unclipped).float(), mask)
     return losses, {"kl": token_mean(kl.detach(), mask), "clip_fraction": clip_fraction}
 
 
 # --- Update ---------------------------------------------------------------------------------------
-def update(policy, reference, optimizer, scheduler, rows, config, world_size=1) -> dict:
-    """mu optimizer steps on eq. 5, over the rows of all ranks, N together.
-    Returns sums over this rank's rows of means over their tokens: `loss`, `kl`, `clip_fraction`,
-    `grad_norm` (one for all), each a mean over the mu steps, and `sampling_gap`, before the first,
-    |log pi_sampler - log pi_theta|: 0 but for rounding, or the sampler is wrong. Raises
-    FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
-    device, mu = next(policy.parameters()).device, config.num_iterations
-    N = sum_over_ranks({"rows": len(rows)})["rows"]
+@dataclass
+class Learner:
+    """The models of a run, and what moves them. In float32 on one rank the first three are one."""
+
+    model: torch.nn.Module  # the trained weights, in float32
+    policy: torch.nn.Module  # the model; with several ranks inside DDP, which shares gradients
+    sampler: torch.nn.Module  # the model; in bfloat16 a rounded copy, refreshed after each step
+    reference: torch.nn.Module | None  # pi_ref: a copy from before the first step; None: beta is 0
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def policy_log_probs(learner: Learner, batch: Batch, is_last: bool, config: Config):
+    """The policy's log-probabilities of a micro-batch, (B, C), to take a gradient of."""
+    if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
+        learner.policy.require_backward_grad_sync = is_last
     # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    batches = [make_batch(part, device) for part in pack(rows, config.tokens_per_microbatch)]
-    if config.beta > 0:
-        with torch.no_grad():
-            for batch in batches:
-                batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
-    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "grad_norm", "sampling_gap"), 0.0)
-    for iteration in range(mu):
-        for batch in batches:
-            # With DDP, ranks exchange gradients once: in the backward pass of their last batch.
-            policy.require_backward_grad_sync = batch is batches[-1]
-            with autocast:
-                log_probs = token_log_probs(policy, batch, config.temperature)  # (N, C)
-            if iteration == 0:
-                # The weights have not moved since the sampling: pi_old costs no pass of its own.
-                # (With the sampler's log-probabilities, rounded otherwise, rho would not be 1.)
-                batch.old_log_probs = log_probs.detach()
-                gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (N, C)
-                sums["sampling_gap"] += token_mean(gap, batch.mask).sum().item()
-            losses, statistics = cppo_loss(
-                log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.mask,
-                config.clip_eps, config.beta,
-            )  # fmt: skip
-            # DDP's exchange is a mean over the ranks; eq. 5 is a sum over them, divided by N.
-            (losses.sum() * world_size / N).backward()
-            for name, value in {"loss": losses.detach(), **statistics}.items():
-                sums[name] += value.sum().item() / mu
-        if N and not batches:  # the other ranks wait for this one's gradients: zeros
-            token = torch.zeros(1, 1, dtype=torch.long, device=device)
-            (0 * policy(input_ids=token, use_cache=False).logits.sum()).backward()
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError("the gradient is not finite")
-        sums["grad_norm"] += norm * len(rows) / mu  # a sum over rows, like the others
-        if not N:  # zeros would let AdamW's momentum move the weights; no gradients do not
-            optimizer.zero_grad()
-        optimizer.step()
-        scheduler.step()
-        # With DDP zeros, not None: its buckets are the gradients' memory, and would be held twice.
-        optimizer.zero_grad(set_to_none=world_size == 1)
+    is_bfloat16 = config.dtype == "bfloat16"
+    with torch.autocast(batch.mask.device.type, torch.bfloat16, enabled=is_bfloat16):
+        return token_log_probs(learner.policy, batch, config.temperature)
+
+
+@torch.no_grad()
+def add_reference_log_probs(reference, batches: list[Batch], config: Config):
+    """Fills in pi_ref, which stays the same for all mu iterations."""
+    for batch in batches:
+        batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
+
+
+def accumulate_gradient(learner: Learner, batches: list[Batch], N: int, config: Config) -> dict:
+    """Adds up the gradient of eq. 5 over this rank's micro-batches; N counts the rows of all ranks.
+    Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
+    |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "sampling_gap"), 0.0)
+    for batch in batches:
+        log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
+        if batch.old_log_probs is None:
+            # The weights have not moved since the sampling: pi_old costs no pass of its own.
+            # (With the sampler's log-probabilities, rounded otherwise, rho would not be 1.)
+            batch.old_log_probs = log_probs.detach()
+
+        losses, statistics = cppo_loss(
+            log_probs, batch.old_log_probs, batch.ref_log_probs, batch.advantages, batch.mask,
+            config.clip_eps, config.beta,
+        )  # fmt: skip
+        # DDP's exchange is a mean over the ranks; eq. 5 is a sum over them, divided by N.
+        (losses.sum() * WORLD_SIZE / N).backward()
+
+        gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (B, C)
+        statistics["loss"] = losses.detach()
+        statistics["sampling_gap"] = token_mean(gap, batch.mask)
+        for name, value in statistics.items():
+            sums[name] += value.sum().item()
+
+    if N and not batches:  # the other ranks wait for this one's gradients: zeros
+        token = torch.zeros(1, 1, dtype=torch.long, device=learner.model.device)
+        (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
+
+
+def optimizer_step(learner: Learner, N: int, config: Config) -> float:
+    """Moves the weights along the gradient, which it clears. Returns the gradient's norm. Raises
+    FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
+    parameters = learner.policy.parameters()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError("the gradient is not finite")
+    if N > 0:  # a step without rows would still move the weights, by AdamW's momentum
+        learner.optimizer.step()
+    learner.scheduler.step()
+    # DDP keeps gradients in buckets of its own: they are cleared, because None would double them.
+    learner.optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)
+    return norm
+
+
+def check_sampler(sampling_gap: float, N: int, config: Config):
+    """Before any weight moves, sampler and trainer must agree; raises UserError."""
+    gap = sum_over_ranks({"gap": sampling_gap})["gap"] / N
+    limit = 1e-3 if config.dtype == "float32" else 0.1
+    if not gap < limit:  # also where it is nan
+        what = "samples with other probabilities than it trains with (a cache of another kind?)"
+        raise UserError(f"--model {config.model} {what}: sampling_gap is {gap:.3g}, over {limit}")
+
+
+def update(learner: Learner, rows: list[Completion], N: int, config: Config) -> dict:
+    """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns means over
+    the mu steps of accumulate_gradient's sums, and of the gradient's norm, `grad_norm`."""
+    micro_batches = pack(rows, config.tokens_per_microbatch)
+    batches = [make_batch(part, learner.model.device) for part in micro_batches]
+    if config.beta > 0:
+        add_reference_log_probs(learner.reference, batches, config)
+
+    means = dict.fromkeys(("loss", "kl", "clip_fraction", "sampling_gap", "grad_norm"), 0.0)
+    for _ in range(config.num_iterations):
+        sums = accumulate_gradient(learner, batches, N, config)
+        if N and learner.scheduler.last_epoch == 0:  # the run's first optimizer step
+            check_sampler(sums["sampling_gap"], N, config)
+        sums["grad_norm"] = optimizer_step(learner, N, config)
+        for name, value in sums.items():
+            means[name] += value / config.num_iterations
+    return means
+
+
+# --- One step -------------------------------------------------------------------------------------
+def cppo_step(learner: Learner, tokenizer, stream: Iterator[Question], config: Config):
+    """The paper's algorithm: collect a batch, update the policy, refresh the sampler. Returns the
+    step's metrics, and all completions that this rank has sampled."""
+    start = time.perf_counter()
+    room = config.batch_size // WORLD_SIZE
+
+    def draw(questions):
+        G, temperature = config.group_size, config.temperature
+        return rollout(learner.sampler, tokenizer, questions, config, G, temperature)
+
+    kept, sampled, rounds = collect_batch(draw, stream, room, config)
+    # Ranks wait here for the slowest sampler, so that the clock of training is training's alone.
+    N = int(sum_over_ranks({"kept": len(kept)})["kept"])
+    collected = time.perf_counter()
+
+    means = update(learner, kept, N, config)
+    with torch.no_grad():
+        for old, new in zip(learner.sampler.parameters(), learner.model.parameters(), strict=True):
+            old.copy_(new)  # rounded to the sampler's dtype
+    end = time.perf_counter()
+
+    metrics = step_metrics(kept, sampled, rounds, means, config)
+    metrics["sample_seconds"] = collected - start
+    metrics["train_seconds"] = end - collected
+    metrics["step_seconds"] = end - start
+    return metrics, sampled
 
 
 # === Part 2: the program ==========================================================================
@@ -506,6 +711,7 @@ class Task:
     defaults: dict  # of the flags without one: batch_size, learning_rate and so on, as in TASKS
 
 
+# --- Tasks and questions --------------------------------------------------------------------------
 def arithmetic_questions(source: None, split: str) -> list[Question]:
     """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
@@ -517,39 +723,70 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
     rng.shuffle(pairs)
     questions = []
     for a, b in [turned for pair in pairs for turned in dict.fromkeys([pair, pair[::-1]])]:
-        units, tens = a % 10 + b % 10, a // 10 + b // 10
+        units = a % 10 + b % 10
+        tens = a // 10 + b // 10
         carry = units >= 10 and rng.random() < 0.3
         think = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}"
-        think += f"+1={tens + 1}" if carry else ""
+        if carry:
+            think += f"+1={tens + 1}"
         demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
         questions.append(Question(f"{a}+{b}=", str(a + b), demonstration))
-    return questions[:512] if split == "test" else questions[512 : 512 + 2560]  # 512 cuts no pair
+    # The 512th question ends a pair, so no pair is in both parts.
+    return questions[:512] if split == "test" else questions[512 : 512 + 2560]
+
+
+def cell_text(value, what: str) -> str:
+    """A table's cell as text: text as it is, a number without an exponent, nothing as ""."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value)):
+        raise ValueError(f"{what} is {value!r}: it must be text or a finite number")
+    return f"{Decimal(str(value)):f}"
+
+
+def load_table(source: str, split: str):
+    """The rows of a file, or of a data set on the hub, NAME[:SUBSET]."""
+    import datasets  # here only: a second that the arithmetic task need not wait
+
+    datasets.disable_progress_bars()
+    kind = Path(source).suffix[1:].lower().replace("jsonl", "json")
+    if kind in ("parquet", "json", "csv"):
+        # A path that exists is no pattern, whatever brackets are in it.
+        file = glob.escape(source) if Path(source).exists() else source
+        # A csv file is read as text: else 3 may become 3.0, and NA nothing.
+        options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+        return datasets.load_dataset(kind, data_files=file, split="train", **options)
+    if Path(source).is_file():
+        raise ValueError("its name ends in none of these")
+    return datasets.load_dataset(*source.split(":"), split=split)
 
 
 def table_questions(system: str, form: str, source: str, split: str) -> list[Question]:
     """Questions of a file or of a data set on the hub. A row has a `question` or `problem`; and an
     `answer`, bare or as GSM8K's `solution #### 72`, or a `solution` that ends so or boxes it.
     `form` is how a demonstration gives the answer. Raises UserError."""
-    import datasets  # here only: a second that the arithmetic task need not wait
-
-    datasets.disable_progress_bars()
-    columns, questions = ("question", "problem", "answer", "solution"), []
-    kind = Path(source).suffix[1:].replace("jsonl", "json")
+    questions = []
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
-        if kind in ("parquet", "json", "csv"):  # csv as text: else 3 may become 3.0
-            options = {"converters": dict.fromkeys(columns, str)} if kind == "csv" else {}
-            table = datasets.load_dataset(kind, data_files=source, split="train", **options)
-        else:
-            table = datasets.load_dataset(*source.split(":"), split=split)  # name:subset
-        for i, row in enumerate(table, 1):
-            cell = {n: "" if row.get(n) is None else str(row[n]).strip() for n in columns}
-            text, whole = cell["question"] or cell["problem"], cell["solution"] or cell["answer"]
-            think, marks, final = whole.rpartition("####")  # no marks: all of it is `final`
-            if not marks and (cell["solution"] or boxed(whole)):
-                think, final = whole, boxed(whole)
-            answer = (cell["solution"] and cell["answer"]) or (final or "").strip()
+        for i, row in enumerate(load_table(source, split), 1):
+            cell = {
+                name: cell_text(row.get(name), f"row {i}: {name}")
+                for name in ("question", "problem", "answer", "solution")
+            }
+            text = cell["question"] or cell["problem"]
+            solution = cell["solution"] or cell["answer"]
+            think, marks, final = solution.rpartition("####")  # no marks: all of it is `final`
+            if not marks and (cell["solution"] or boxed(solution)):
+                think = solution
+                final = boxed(solution) or ""
+            answer = final.strip()
+            if cell["solution"] and cell["answer"]:
+                answer = cell["answer"]
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
+
             think = re.sub(r"<<[^<>\n]*>>", "", think).strip()  # calculator marks: 2+2=<<2+2=4>>4
             demonstration = f"<think>{think}</think>\n<answer>{form.format(answer)}</answer>"
             prompt = [{"role": "system", "content": system}, {"role": "user", "content": text}]
@@ -562,9 +799,12 @@ def table_questions(system: str, form: str, source: str, split: str) -> list[Que
 def boxed(text: str) -> str | None:
     """What the last \\boxed{...} of a LaTeX text holds, braces in pairs; None if there is none."""
     _, box, rest = text.replace("\\fbox", "\\boxed").rpartition("\\boxed")
-    rest, depth = rest.lstrip() if box else "", 0
+    if not box:
+        return None
+    rest = rest.lstrip()
     if not rest.startswith("{"):  # \boxed 5
         return re.match(r"[^\s$]*", rest)[0] or None
+    depth = 0
     for match in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is no brace
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
@@ -615,89 +855,122 @@ TASKS = {
 
 def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     """The task's questions, to train on and, the first --eval_questions of them, to test."""
-    task, count = TASKS[config.task], config.eval_questions
-    train = [] if config.eval_only else task.questions(config.train_data, "train")
-    return train, [] if count == 0 else task.questions(config.test_data, "test")[:count]
+    task = TASKS[config.task]
+    train, test = [], []
+    if not config.eval_only:
+        train = task.questions(config.train_data, "train")
+    if config.eval_questions != 0:
+        test = task.questions(config.test_data, "test")[: config.eval_questions]
+    # A reward that cannot work (math-verify is missing, say) fails here, before a model is loaded.
+    task_reward("<answer>\\boxed{?}</answer>", [*train, *test][0].answer, config.task)
+    return train, test
 
 
 def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     """Fills in `prompt_ids`, messages through the tokenizer's chat template, if it has one."""
     for question in questions:
-        text, add_bos = question.prompt, True
+        text = question.prompt
+        add_bos = True
         if not isinstance(text, str) and tokenizer.chat_template:
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
             add_bos = False  # the template has, where it is wanted
         elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
         question.prompt_ids = tokenizer(text, add_special_tokens=add_bos).input_ids
+
+        # Some templates begin the answer themselves, with "<think>" and a line break.
+        _, tag, space = text.rpartition("<think>")
+        question.opening = tag + space if not space.strip() else ""
     return questions
 
 
-def question_stream(questions, seed, rank=0, world_size=1) -> Iterator[Question]:
-    """One rank's endless share of the questions. Every epoch is shuffled and dealt out to the ranks
-    like cards, so that no question comes twice in it."""
+def demonstration_ids(question: Question, tokenizer) -> list[int]:
+    """What the warm start teaches: the demonstration, less what the prompt has said, and EOS."""
+    text = question.demonstration.removeprefix(question.opening.strip())
+    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+
+
+def fingerprint(questions: list[Question]) -> str:
+    """A hash of prompts and answers: --resume must find the same."""
+    text = json.dumps([(q.prompt, q.answer) for q in questions])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def question_stream(questions, seed: int) -> Iterator[Question]:
+    """This rank's endless share of the questions. Every epoch is shuffled and dealt out to the
+    ranks like cards, so that no question comes twice in it."""
     for epoch in itertools.count():
         shuffle = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(len(questions), generator=shuffle)[rank::world_size]
-        yield from (questions[i] for i in order.tolist())
+        order = torch.randperm(len(questions), generator=shuffle)
+        for i in order[RANK::WORLD_SIZE].tolist():
+            yield questions[i]
 
 
 # --- Models ---------------------------------------------------------------------------------------
 def tiny_model_and_tokenizer():
-    """A random Qwen2 of 0.45M parameters and a tokenizer of characters; each tag is one token."""
+    """A random Llama of 0.45M parameters and a tokenizer of characters; each tag is one token."""
     words = ["<pad>", "<eos>", *TAGS, *"\n +=0123456789"]
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    shape = transformers.Qwen2Config(
+    shape = transformers.LlamaConfig(
         vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0,
         tie_word_embeddings=True, initializer_range=0.1, eos_token_id=1, bos_token_id=None,
     )  # fmt: skip
-    return transformers.Qwen2ForCausalLM(shape), tokenizer
+    return transformers.LlamaForCausalLM(shape), tokenizer
 
 
-def load_model_and_tokenizer(name: str | None):
-    """The model, in float32, and its tokenizer, from a folder or the hub; None is the tiny one."""
+def load_model_and_tokenizer(name: str | None, what: str):
+    """The model, in float32, and its tokenizer, from a folder or the hub; None is the tiny one.
+    Raises a UserError that blames `what`."""
     transformers.utils.logging.disable_progress_bar()
-    with blame(f"--model {name}: give a hub name, or a folder that save_pretrained has made"):
+    with blame(what):
         if name is None:
             model, tokenizer = tiny_model_and_tokenizer()
         else:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        if not set(tokenizer("42").input_ids) - {*tokenizer.all_special_ids}:
-            raise ValueError("it lacks the tokenizer's files")  # it loads, as an empty tokenizer
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+            if loading["missing_keys"]:
+                raise ValueError(f"it lacks weights: {sorted(loading['missing_keys'])}")
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("it has weights that are inf or nan")
+        form = "<think>1 2</think>\n<answer>3</answer>"
+        if tokenizer.decode(tokenizer(form, add_special_tokens=False).input_ids) != form:
+            raise ValueError(f"its tokenizer does not give back {form!r}, or its files are missing")
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token: completions would never end")
+
     ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
     eos_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
     model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos_ids))
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer of the key-value cache with spare columns: a new token is written into the next one,
-    where the base class would copy all that came before, at every token."""
+def check_fit(model, tokenizer, questions: list[Question], config: Config):
+    """Whether the model can read all prompts and write all completions; raises UserError."""
+    eos_ids = model.generation_config.eos_token_id
+    longest, largest_id = 0, max(eos_ids)
+    for q in questions:
+        if q.prompt_ids[-1:] == [tokenizer.eos_token_id] or not q.prompt_ids:
+            raise UserError(f"--model {config.model}: its tokenizer leaves prompts empty or ends "
+                            "them with EOS, after which nothing is written")  # fmt: skip
+        taught = demonstration_ids(q, tokenizer) if config.warm_start_steps else []
+        longest = max(longest, len(q.prompt_ids) + max(len(taught), config.max_completion_tokens))
+        largest_id = max(largest_id, *q.prompt_ids, *taught)
 
-    length = 0  # columns in use
-
-    def get_seq_length(self) -> int:
-        """The tokens that it holds, without the spare columns."""
-        return self.length
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Appends keys and values, (R, heads, new, D) each; returns all there are."""
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if start == 0:  # the prompts
-            return super().update(key_states, value_states)
-        if self.length > self.keys.shape[2]:
-            self.keys, self.values = (F.pad(x, (0, 0, 0, 32)) for x in (self.keys, self.values))
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    rows = model.get_input_embeddings().num_embeddings
+    if largest_id >= rows:
+        what = f"token {largest_id} is outside its embedding of {rows}"
+        raise UserError(f"--model {config.model}: {what}; give the tokenizer that belongs to it")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and longest > positions:
+        what = f"it has {positions} positions, prompt and completion need up to {longest}"
+        raise UserError(f"--model {config.model}: {what}; lower --max_completion_tokens")
 
 
 def copy_for(model, dtype: str):
@@ -708,129 +981,156 @@ def copy_for(model, dtype: str):
     return frozen
 
 
-@torch.no_grad()
-def refresh(sampler, model):
-    """Gives the sampler the model's weights, rounded to its dtype. (In float32 they are one.)"""
-    for old, new in zip(sampler.parameters(), model.parameters(), strict=True):
-        old.copy_(new)
-
-
 def make_optimizer(policy, learning_rate: float, num_updates: int, config: Config):
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
-    the last step, and with a warm-up from 0, so that the very first step moves nothing."""
-    optimizer = torch.optim.AdamW(policy.parameters(), learning_rate, weight_decay=0.0, fused=True)
+    the last step, and with a warm-up from 0, so that the very first step moves nothing. Each of
+    several ranks holds AdamW's moments of its share of the weights."""
+    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": True}
+    if WORLD_SIZE > 1:
+        optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
+    else:
+        optimizer = torch.optim.AdamW(policy.parameters(), **settings)
     warmup = math.ceil(num_updates * config.warmup_ratio)
     return optimizer, transformers.get_scheduler("cosine", optimizer, warmup, num_updates)
 
 
 # --- Ranks: torchrun's environment; one process is the plain case ---------------------------------
-def init_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device), as torchrun's environment has it."""
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)
-    rank, world_size, local_rank, local_ranks = (int(os.environ.get(*name)) for name in names)
-    device, backend = torch.device("cpu"), "gloo"
+def init_distributed() -> torch.device:
+    """Lets the ranks meet; returns this rank's device."""
+    device = torch.device("cpu")
+    backend = "gloo"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "nccl"
         if local_ranks > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "nccl"
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # replans each length; PyTorch issue 193893
-    elif local_ranks > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own default
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    if world_size > 1:  # an hour, for what one rank does alone: a download, a save
+        # cuDNN's attention would come first on Hopper and Blackwell: it plans anew for each length,
+        # and on B200 it corrupts Qwen2.5 (PyTorch issue 193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        # An hour, for what one rank does while the others wait: a download, a save.
         dist.init_process_group(backend, timeout=timedelta(hours=1))
-    return rank, world_size, device
+    return device
 
 
-def say(text: str):
-    """Prints above the progress bar, on the first rank."""
-    if IS_FIRST_RANK:
-        tqdm.write(text)
+def over_ranks(value) -> list:
+    """Every rank's value, in the order of the ranks."""
+    values = [value] * WORLD_SIZE
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each number added up over all ranks."""
-    if not dist.is_initialized():
-        return values
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor([*values.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return dict(zip(values, total.tolist(), strict=True))
+    everyone = over_ranks(values)
+    return {name: sum(each[name] for each in everyone) for name in values}
+
+
+def say(text: str):
+    """Prints above the progress bar, on the first rank, and at once, also into a file."""
+    if RANK == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def progress_bar(iterable, name: str):
+    """A bar on the first rank's terminal; in a file or a pipe there is none."""
+    return tqdm(iterable, name, leave=False, disable=None if RANK == 0 else True)
 
 
 # --- Warm start and evaluation --------------------------------------------------------------------
-def warm_start(policy, tokenizer, stream: Iterator[Question], config: Config, world_size: int):
-    """Imitates demonstrations: eq. 5 with beta = 0, one optimizer step a batch, at which rho is 1,
-    and A in proportion to |o_i|: so all tokens weigh the same, as in a log-likelihood."""
-    start, steps = time.perf_counter(), config.warm_start_steps
-    optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
-    imitation = replace(config, beta=0.0, num_iterations=1)
-    for _ in tqdm(range(steps), "warm start", leave=False, disable=not IS_FIRST_RANK):
-        rows = []
-        for question in itertools.islice(stream, math.ceil(WARM_START_BATCH / world_size)):
-            token_ids = tokenizer(question.demonstration, add_special_tokens=False).input_ids
-            token_ids.append(tokenizer.eos_token_id)
-            A = len(token_ids) / config.max_completion_tokens  # at most 1
-            rows.append(Completion(question.prompt_ids, token_ids, advantage=A))
+def seed_step(seed: int, step: int):
+    """Random numbers depend on seed, step and rank alone, so that a resumed step draws the same."""
+    torch.manual_seed(random.Random(f"{seed} {step} {RANK}").getrandbits(32))
+
+
+def warm_start(model, policy, tokenizer, stream: Iterator[Question], config: Config) -> dict:
+    """Imitates demonstrations. The loss is -log pi, a mean over all tokens of a step's batch."""
+    start = time.perf_counter()
+    steps = config.warm_start_steps
+    optimizer = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
+    learner = Learner(model, policy, model, None, *optimizer)
+    for _ in progress_bar(range(steps), "warm start"):
+        share = itertools.islice(stream, math.ceil(WARM_START_BATCH / WORLD_SIZE))
+        rows = [Completion(q.prompt_ids, demonstration_ids(q, tokenizer)) for q in share]
+        num_tokens = sum_over_ranks({"tokens": sum(len(r.token_ids) for r in rows)})["tokens"]
+
+        batches = [make_batch(p, model.device) for p in pack(rows, config.tokens_per_microbatch)]
+        for batch in batches:
+            log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
+            # DDP's exchange is a mean over the ranks, as in accumulate_gradient.
+            (-log_probs.sum() * WORLD_SIZE / num_tokens).backward()
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
-            update(policy, None, optimizer, scheduler, rows, imitation, world_size)
+            optimizer_step(learner, num_tokens, config)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
-def evaluate(tokenizer, questions, rank, world_size, config, model) -> dict:
+def evaluate(model, tokenizer, questions: list[Question], config: Config) -> dict:
     """Share of right completions: greedy ones, or sampled as the paper does for AMC and AIME."""
-    start, n, count = time.perf_counter(), config.eval_samples, len(questions)
-    torch.manual_seed(hash((config.seed, rank)))  # the same numbers for each evaluation
+    start = time.perf_counter()
+    seed_step(config.seed, 0)  # the same numbers for each evaluation
+    n = config.eval_samples
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)
-    mine = rollout(model, tokenizer, config, n, temperature, top_p, questions[rank::world_size])
-    right = sum(c.accuracy_reward >= 1.5 for c in mine) / n
-    accuracy = sum_over_ranks({"right": right})["right"] / count
-    say(f"cppo: {accuracy:.1%} of {count:,} test questions right")
-    seconds = time.perf_counter() - start
-    return {"eval_accuracy": accuracy, "eval_questions": count, "eval_seconds": seconds}
+    share = questions[RANK::WORLD_SIZE]
+    sampled = rollout(model, tokenizer, share, config, n, temperature, top_p)
+    right = sum(c.accuracy_reward >= 1.5 for c in sampled)
+    accuracy = sum_over_ranks({"right": right})["right"] / (len(questions) * n)
+    say(f"cppo: {accuracy:.1%} of {len(questions):,} test questions right")
+    return {
+        "eval_accuracy": accuracy,
+        "eval_questions": len(questions),
+        "eval_seconds": time.perf_counter() - start,
+    }
 
 
 # --- What a run writes ----------------------------------------------------------------------------
-def step_metrics(kept, sampled, rounds, sums, times, config) -> dict:
-    """A step's counts over all ranks, and averages, None if nothing was kept. `sums` are over this
-    rank's kept completions, `times` the clock before sampling, after it, and after training."""
-    groups = [sampled[i : i + config.group_size] for i in range(0, len(sampled), config.group_size)]
+def step_metrics(kept, sampled, rounds: int, means: dict, config: Config) -> dict:
+    """A step's counts over all ranks, and averages over completions, None if nothing was kept.
+    `means` are update's: sums over this rank's kept completions, and the gradient's norm."""
+    G = config.group_size
+    groups = [sampled[i : i + G] for i in range(0, len(sampled), G)]
     counts = {
-        "questions": len(groups), "sampled": len(sampled), "kept": len(kept),
-        "dropped": len(groups) * config.num_kept - len(kept),  # below gamma, or without room
+        "questions": len(groups),
+        "sampled": len(sampled),
+        "kept": len(kept),
         "dead_groups": sum(len({c.reward for c in group}) == 1 for group in groups),
-        "refill_rounds": rounds, "sampled_tokens": sum(len(c.token_ids) for c in sampled),
+        "refill_rounds": rounds,
+        "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
-    }  # fmt: skip
+    }
     over_sampled = {
-        "reward": sum(c.reward for c in sampled), "format": sum(c.format_reward for c in sampled),
+        "reward": sum(c.reward for c in sampled),
         "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
-        "truncated": sum(c.truncated for c in sampled),
+        "format": sum(c.format_reward for c in sampled),
         "completion_tokens": counts["sampled_tokens"],
-    }  # fmt: skip
-    over_kept = {"abs_advantage_kept": sum(abs(c.advantage) for c in kept), **sums}
-    total = sum_over_ranks({**counts, **over_sampled, **over_kept})
-    return {
-        **{name: int(total[name]) for name in counts},
-        **{name: total[name] / total["sampled"] for name in over_sampled},
-        **{name: total[name] / total["kept"] if total["kept"] else None for name in over_kept},
-        "sample_seconds": times[1] - times[0], "train_seconds": times[2] - times[1],
-        "step_seconds": times[2] - times[0],
-    }  # fmt: skip
+        "truncated": sum(c.truncated for c in sampled),
+    }
+    over_kept = {name: means[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")}
+    over_kept["abs_advantage_kept"] = sum(abs(c.advantage) for c in kept)
+    minus_log_prob = -sum(sum(c.log_probs) for c in sampled)
+    total = sum_over_ranks({**counts, **over_sampled, **over_kept, "entropy": minus_log_prob})
+
+    metrics = {name: total[name] for name in counts}
+    for name in over_sampled:
+        metrics[name] = total[name] / total["sampled"]
+    for name in over_kept:
+        metrics[name] = total[name] / total["kept"] if total["kept"] else None
+    metrics["grad_norm"] = means["grad_norm"] if total["kept"] else None
+    # The entropy of the next token: -log p is its estimate, a mean over all sampled tokens.
+    metrics["entropy"] = total["entropy"] / total["sampled_tokens"]
+    if torch.cuda.is_available():
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return metrics
 
 
 def append_metrics(folder: Path, record: dict):
     """Appends a line to metrics.jsonl, on the first rank."""
-    if IS_FIRST_RANK:
+    if RANK == 0:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def summary(folder: Path) -> str:
-    """What the run in `folder` has paid, from its metrics.jsonl."""
-    records = [*map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())]
-    asked, seconds = (sum(m.get(n, 0) for m in records) for n in ("questions", "step_seconds"))
-    return f"cppo: {asked:,} questions, {seconds / max(1, asked):.3g} seconds each, in {folder}"
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -839,15 +1139,22 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
-def save_checkpoint(folder: Path, model, tokenizer, state: dict):
+def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
     """Writes checkpoint-STEP, in place of all but the newest and checkpoint-0, pi_ref. Crash at any
     moment, or fill the disk: those two stay whole. Raises UserError."""
+    if WORLD_SIZE > 1:
+        learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
+    if RANK > 0:
+        return
+    state["optimizer"] = learner.optimizer.state_dict()
+    state["scheduler"] = learner.scheduler.state_dict()
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
-    for old in find_checkpoints(folder)[1:-1]:  # first: Adam's moments make them large
+    # The oldest goes before the new one comes: Adam's moments make them large.
+    for old in find_checkpoints(folder)[1:-1]:
         shutil.rmtree(old, ignore_errors=True)
     with blame(f"{path} cannot be written, the one before it stays"):
-        model.save_pretrained(unfinished)
+        learner.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         torch.save(state, unfinished / "trainer_state.pt")
         shutil.copy(folder / "metrics.jsonl", unfinished)  # all that is logged up to this step
@@ -857,134 +1164,214 @@ def save_checkpoint(folder: Path, model, tokenizer, state: dict):
         unfinished.rename(path)
 
 
-def load_state(folder: Path, config: Config, world_size: int) -> dict:
-    """What save_checkpoint saved last, with its `path`; {} if nothing. Raises UserError."""
-    if not config.resume or not find_checkpoints(folder):
-        return {}
-    path = find_checkpoints(folder)[-1]
-    with blame(f"--resume: {path} cannot be read; delete it to use the one before it"):
+def unreadable(file: Path) -> str:
+    """What to blame where a part of a checkpoint cannot be read."""
+    return f"--resume: {file} cannot be read; delete its checkpoint to use the one before it"
+
+
+def load_state(config: Config) -> tuple[Path | None, dict]:
+    """The last checkpoint of a run that is to go on, and what save_checkpoint saved there; or None
+    and the state of a new run. Raises UserError."""
+    new = {"step": 0, "asked": [0] * WORLD_SIZE, "seconds": 0.0, "config": asdict(config)}
+    checkpoints = find_checkpoints(Path(config.output_dir))
+    if config.eval_only or not config.resume or not checkpoints:
+        return None, new
+    path = checkpoints[-1]
+    with blame(unreadable(path / "trainer_state.pt")):
         # mmap: else each of 8 ranks would read all of Adam's moments into memory
         state = torch.load(path / "trainer_state.pt", "cpu", weights_only=True, mmap=True)
-        before = state["config"] | {"ranks": len(state["asked"])}
+        before = {**state["config"], "ranks": len(state["asked"])}
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
     may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
-    for name, now in (asdict(config) | {"ranks": world_size}).items():
+    for name, now in {**asdict(config), "ranks": WORLD_SIZE}.items():
         if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
-    return state | {"path": path}
+    return path, {**state, "config": asdict(config)}
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
+    """Keeps other processes out of the folder while its block runs, and begins the folder: its
+    metrics.jsonl holds what the checkpoint's does. Raises UserError."""
+    if RANK > 0:
+        yield
+        return
+    metrics = ""
+    if checkpoint:
+        with blame(unreadable(checkpoint / "metrics.jsonl")):
+            metrics = (checkpoint / "metrics.jsonl").read_text()
+    with contextlib.ExitStack() as until_the_end:
+        with blame(f"--output_dir {folder} cannot be written", OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = until_the_end.enter_context(open(folder / "lock", "a"))
+        in_use = f"--output_dir {folder} is in use by another process"
+        with blame(in_use, BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process dies
+        if find_checkpoints(folder)[-1:] != ([checkpoint] if checkpoint else []):
+            raise UserError(f"{in_use}, which has gone on meanwhile: give the command again")
+        with blame(f"--output_dir {folder} cannot be written", OSError):
+            (folder / "metrics.jsonl").write_text(metrics)
+            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        yield
 
 
 # --- A run ----------------------------------------------------------------------------------------
-def set_up(config: Config) -> tuple:
-    """Ranks, checkpoint, model, questions. All checks come before the first write."""
+@dataclass
+class Run:
+    """What train() begins with."""
+
+    folder: Path
+    checkpoint: Path | None  # the one to go on from; None: a new run
+    state: dict  # step, asked (questions, by each rank), seconds, config, questions_hash
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    questions: list[Question]
+    test_questions: list[Question]
+
+
+def set_up(config: Config) -> Run:
+    """Ranks, checkpoint, questions, model. All checks come before the first write; raises
+    UserError."""
     folder = Path(config.output_dir)
-    # (Before the ranks meet: soon after, the first of them writes to the folder.)
     is_a_run = config.resume and (folder / "metrics.jsonl").exists()
-    if not (config.eval_only or is_a_run) and any(folder.glob("*")):
+    if not (config.eval_only or is_a_run) and any(p.name != "lock" for p in folder.glob("*")):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
-    rank, world_size, device = init_distributed()
-    state = load_state(folder, config, world_size)
-    step = state.get("step", -1)
-    if sum_over_ranks({"step": step})["step"] != step * world_size:  # not all are equal
+    device = init_distributed()
+    checkpoint, state = load_state(config)
+    if len(set(over_ranks(checkpoint))) > 1:
         raise UserError("--resume: --output_dir must be one folder that all machines share")
+
     loaded, test_questions = load_questions(config)
-    answer = [*loaded, *test_questions][0].answer
-    TASKS[config.task].answer_reward("<answer>\\boxed{?}</answer>", answer)  # fails now, if ever
+    hashed = fingerprint([*loaded, *test_questions])
+    if state.setdefault("questions_hash", hashed) != hashed:
+        raise UserError("--resume: the questions are not those that the run began with")
+
     torch.manual_seed(config.seed)  # of the tiny model's weights
-    model, tokenizer = load_model_and_tokenizer(state.get("path", config.model))
+    what = f"--model {config.model}: give a hub name, or a folder that save_pretrained has made"
+    if checkpoint:
+        what = unreadable(checkpoint)
+    model, tokenizer = load_model_and_tokenizer(checkpoint or config.model, what)
     with blame(f"--model {config.model}: its chat template refuses the messages"):
         encode_prompts([*loaded, *test_questions], tokenizer)
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions):,} prompts over --max_prompt_tokens left out"
-    if len(questions) < world_size and not config.eval_only:
+    if len(questions) < WORLD_SIZE and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few, {left_out}")
     if config.warm_start_steps and not all(q.demonstration for q in questions):
         raise UserError("--warm_start_steps must be 0: there are questions without demonstration")
-    say(f"cppo: {config.task}, {world_size} rank(s), {device.type}, {config.dtype}; {left_out}")
-    if IS_FIRST_RANK and not config.eval_only:
-        with blame(f"--output_dir {folder} cannot be written"):
-            folder.mkdir(parents=True, exist_ok=True)
-            metrics = (state["path"] / "metrics.jsonl").read_text() if state else ""
-            (folder / "metrics.jsonl").write_text(metrics)
-            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    return rank, world_size, state, model.to(device), tokenizer, questions, test_questions
+    check_fit(model, tokenizer, [*questions, *test_questions], config)
+    say(f"cppo: {config.task}, {WORLD_SIZE} rank(s), {device.type}, {config.dtype}; {left_out}")
+    return Run(folder, checkpoint, state, model.to(device), tokenizer, questions, test_questions)
+
+
+def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
+    """The learner of a new run after its warm start, or as the checkpoint has it."""
+    sampler, reference = run.model, None
+    if config.dtype != "float32":
+        sampler = copy_for(run.model, config.dtype)
+    if config.beta > 0:
+        initial = run.model
+        if run.checkpoint:  # the model has moved since the start, which is checkpoint-0
+            start = run.folder / "checkpoint-0"
+            initial, _ = load_model_and_tokenizer(start, unreadable(start))
+        reference = copy_for(initial, config.dtype).to(run.model.device)
+
+    optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config)
+    if run.checkpoint:
+        with blame(unreadable(run.checkpoint / "trainer_state.pt")):
+            optimizer.load_state_dict(run.state.pop("optimizer"))
+            scheduler.load_state_dict(run.state.pop("scheduler"))
+    return Learner(run.model, policy, sampler, reference, optimizer, scheduler)
+
+
+def evaluate_and_save(run: Run, learner: Learner, last: int, config: Config):
+    """At the start, after the last step, and as often as --eval_every and --save_every say."""
+    step = run.state["step"]
+
+    def is_due(every: int) -> bool:
+        return step in (0, last) or (every > 0 and step % every == 0)
+
+    if run.test_questions and is_due(config.eval_every):
+        score = evaluate(learner.sampler, run.tokenizer, run.test_questions, config)
+        append_metrics(run.folder, {"step": step, **score})
+    if is_due(config.save_every):
+        save_checkpoint(run.folder, learner, run.tokenizer, run.state)
 
 
 def train(config: Config):
     """A whole run: warm start, steps of CPPO, evaluations, checkpoints; or an evaluation alone."""
-    rank, world_size, state, model, tokenizer, questions, test_questions = set_up(config)
-    test = partial(evaluate, tokenizer, test_questions, rank, world_size, config)
+    run = set_up(config)
     if config.eval_only:
-        return test(copy_for(model, config.dtype))
-    folder, G, k = Path(config.output_dir), config.group_size, config.num_kept
-    room = config.batch_size // world_size  # completions that each rank trains in a step
-    per_step = world_size * (math.ceil(room / k) if config.refill else room // G)  # questions
-    steps = math.ceil(len(questions) / per_step) if config.steps is None else config.steps
-    first = state.get("step", -1) + 1
-    say(f"cppo: steps {first} to {steps}, each with {per_step} questions; G = {G}, k = {k}")
-    # `model` has the float32 masters; `policy` is the same, inside DDP if there are several ranks;
-    # `sampler` a copy in the dtype of compute, in float32 `model` itself; `reference` is pi_ref.
-    policy = DDP(model, gradient_as_bucket_view=True) if world_size > 1 else model
-    deal = partial(question_stream, questions, config.seed, rank, world_size)
-    if not state:
-        append_metrics(folder, warm_start(policy, tokenizer, deal(), config, world_size))
-    sampler = model if config.dtype == "float32" else copy_for(model, config.dtype)
-    initial = load_model_and_tokenizer(folder / "checkpoint-0")[0] if state else model
-    reference = copy_for(initial.to(model.device), config.dtype) if config.beta > 0 else None
-    updates, asked = steps * config.num_iterations, state.get("asked", [0] * world_size)
-    optimizer, scheduler = make_optimizer(policy, config.learning_rate, updates, config)
-    if state:
-        optimizer.load_state_dict(state.pop("optimizer"))
-        scheduler.load_state_dict(state["scheduler"])
-    stream = itertools.islice(deal(), asked[rank], None)  # what this rank has not asked yet
-    draw = partial(rollout, sampler, tokenizer, config, G, config.temperature, 1.0)
-    for step in tqdm(range(first, steps + 1), config.task, disable=not IS_FIRST_RANK):
-        if step > 0:  # step 0 is only evaluated and saved
-            # So a resumed step draws the same numbers. (hash: the CPU's seed has 32 bits only.)
-            torch.manual_seed(hash((config.seed, step, rank)))
-            times, rate = [time.perf_counter()], scheduler.get_last_lr()[0]
-            kept, sampled, rounds = collect_batch(draw, stream, room, config)
-            times.append(time.perf_counter())
+        sampler = copy_for(run.model, config.dtype)
+        evaluate(sampler, run.tokenizer, run.test_questions, config)
+        return
+
+    state = run.state
+    per_step = config.batch_size // config.num_kept  # questions, unless gamma asks for more
+    last = math.ceil(len(run.questions) / per_step) if config.steps is None else config.steps
+    policy = run.model
+    if WORLD_SIZE > 1:
+        policy = DDP(run.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    with only_run_in(run.folder, run.checkpoint, config):
+        say(f"cppo: steps {state['step'] + 1} to {last}, each with {per_step} questions; "
+            f"G = {config.group_size}, k = {config.num_kept}")  # fmt: skip
+        if not run.checkpoint:
+            stream = question_stream(run.questions, config.seed)
+            append_metrics(run.folder, warm_start(run.model, policy, run.tokenizer, stream, config))
+        learner = make_learner(run, policy, last * config.num_iterations, config)
+        if not run.checkpoint:
+            evaluate_and_save(run, learner, last, config)
+
+        # The stream goes on where this rank has stopped asking.
+        stream = itertools.islice(
+            question_stream(run.questions, config.seed), state["asked"][RANK], None
+        )
+        for step in progress_bar(range(state["step"] + 1, last + 1), config.task):
+            seed_step(config.seed, step)
+            learning_rate = learner.scheduler.get_last_lr()[0]
             with blame(f"step {step}: lower --learning_rate in a new run", FloatingPointError):
-                sums = update(policy, reference, optimizer, scheduler, kept, config, world_size)
-            refresh(sampler, model)
-            times.append(time.perf_counter())
-            asked[rank] += len(sampled) // G
-            if world_size > 1:
-                dist.all_gather_object(asked, asked[rank])
-            metrics = {"step": step, "epoch": sum(asked) / len(questions), "learning_rate": rate}
-            metrics |= step_metrics(kept, sampled, rounds, sums, times, config)
-            append_metrics(folder, metrics)
-            if step == 1 or step % max(1, steps // 10) == 0:
+                metrics, sampled = cppo_step(learner, run.tokenizer, stream, config)
+
+            asked = state["asked"][RANK] + len(sampled) // config.group_size
+            state |= {"step": step, "asked": over_ranks(asked)}
+            state["seconds"] += metrics["step_seconds"]
+            epoch = sum(state["asked"]) / len(run.questions)
+            metrics = {"step": step, "epoch": epoch, "learning_rate": learning_rate, **metrics}
+            append_metrics(run.folder, metrics)
+            if step == 1 or step % max(1, last // 10) == 0:
                 say("  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN))
-        if test_questions and (step == steps or step % (config.eval_every or steps) == 0):
-            append_metrics(folder, {"step": step, **test(sampler)})
-        if IS_FIRST_RANK and (step == steps or step % (config.save_every or steps) == 0):
-            now = {"step": step, "asked": asked, "config": asdict(config)}
-            now |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            save_checkpoint(folder, model, tokenizer, now)
-    say(summary(folder) if IS_FIRST_RANK else "")
+                shown = sampled[0]
+                say(f"  {shown.text!r}: reward {shown.reward:g}, right is {shown.answer!r}")
+            evaluate_and_save(run, learner, last, config)
+
+        total = sum(state["asked"])
+        each = state["seconds"] / max(1, total)
+        say(f"cppo: {total:,} questions, {each:.3g} seconds each, in {run.folder}")
 
 
 def main():
     """The command line: a user's mistake is one line on stderr, and exit status 2."""
+    # Without expandable segments the cache's growth breaks a GPU's memory into small pieces.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Else glibc hands freed tensors back to the kernel, which wipes new pages: a tenth of a step.
     if sys.platform == "linux" and not torch.cuda.is_available():
         for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
-    sys.stdout.reconfigure(line_buffering=True)
     options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
-    status, message = 2, None
+    status, message, config = 2, None, None
     try:
-        train(Config(**vars(parser.parse_args())))
+        config = Config(**vars(parser.parse_args()))
+        train(config)
         status = 0
     except (UserError, OSError) as error:
         message = error
     except torch.OutOfMemoryError:
         message = "CUDA is out of memory: lower --tokens_per_microbatch or --sample_batch"
     except KeyboardInterrupt:
-        status, message = 130, "stopped; with --resume it goes on from the last checkpoint"
+        status, message = 130, "stopped"
+        if config and not config.eval_only:
+            message += "; with --resume it goes on from the last checkpoint"
     except Exception:
         status = 1
         sys.excepthook(*sys.exc_info())  # prints the traceback
