@@ -68,6 +68,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -109,13 +110,10 @@ def blame(what: str, kind: type[Exception] = Exception):
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
-def flag(default, text: str, interval: str = ""):
+def flag(default, text: str, interval: str | None = None):
     """A dataclass field that HfArgumentParser turns into a flag. A number must lie in the interval
     [low, high), which --help shows as its metavar."""
-    metadata = {"help": text}
-    if interval:
-        metadata["metavar"] = interval
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": text, "metavar": interval})
 
 
 @dataclass
@@ -177,20 +175,19 @@ class Config:
         if self.task not in TASKS:
             raise UserError(f"--task must be auto or one of {', '.join(TASKS)}, not {self.task}")
 
+        given_batch_size = self.batch_size
         defaults = {
             "output_dir": f"runs/{self.task}",
             "dtype": "bfloat16" if cuda else "float32",
             "tokens_per_microbatch": 4096 if cuda else 1024,
-            **TASKS[self.task].defaults,
         }
-        default_batch_size = defaults.pop("batch_size")
-        for name, value in defaults.items():
+        for name, value in (defaults | TASKS[self.task].defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
         for f in fields(self):
             value = getattr(self, f.name)
-            interval = f.metadata.get("metavar")
+            interval = f.metadata["metavar"]
             if interval and value is not None:
                 low, high = map(float, interval[1:-1].split(","))
                 if not low <= value < high:
@@ -198,12 +195,11 @@ class Config:
 
         # A batch is whole questions, k completions of each, and as many on every rank.
         unit = WORLD_SIZE * self.num_kept
-        wanted = self.batch_size or default_batch_size
-        lower = max(1, wanted // unit) * unit
-        if self.batch_size and self.batch_size % unit:
-            nearest = f"{unit} (ranks x k), {lower} or {lower + unit}"
-            raise UserError(f"--batch_size {self.batch_size} must be a multiple of {nearest}")
-        self.batch_size = lower
+        self.batch_size = max(unit, self.batch_size // unit * unit)
+        if given_batch_size not in (None, self.batch_size):
+            nearest = f"{self.batch_size} or {self.batch_size + unit}"
+            what = f"a multiple of {unit}, ranks x k, such as {nearest}"
+            raise UserError(f"--batch_size {given_batch_size} must be {what}")
 
         if self.sample_batch < max(self.group_size, self.eval_samples):
             raise UserError("--sample_batch must be at least --group_size and --eval_samples")
@@ -213,7 +209,8 @@ class Config:
     @property
     def num_kept(self) -> int:
         """k = floor(G (1 - P)), at least 1 (eq. 2). 1e-9: G = 20, P = 0.8 is 3.9999 in floats."""
-        return max(1, math.floor(self.group_size * (1 - self.pruning_rate) + 1e-9))
+        kept = self.group_size * (1 - self.pruning_rate)
+        return max(1, math.floor(kept + 1e-9))
 
 
 # === Part 1: CPPO =================================================================================
@@ -309,7 +306,8 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     L = max(map(len, prompts))
     device = model.device
     # Prompts are padded on the left: all end in the last column, where the completions begin.
-    padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
+    padded = [[-1] * (L - len(p)) + p for p in prompts]
+    padded = torch.tensor(padded, device=device)  # (Q, L)
     input_ids = padded.clamp(min=0)  # (Q, L)
     attention_mask = (padded >= 0).long()  # (Q, L)
     cache = DynamicCache(config=model.config)
@@ -321,8 +319,9 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     for t in progress_bar(range(max_tokens), "tokens"):
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)  # 0 where a prompt begins
         logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache,
-            position_ids=positions[:, -input_ids.shape[1] :], use_cache=True, logits_to_keep=1,
+            input_ids=input_ids, attention_mask=attention_mask,
+            position_ids=positions[:, -input_ids.shape[1] :],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # (Q, V) of the prompts, then (R, V)  # fmt: skip
         if t == 0:  # each prompt was read once: now every one of its G completions gets a row
             chosen = torch.arange(Q, device=device).repeat_interleave(group_size)  # (R,)
@@ -371,7 +370,8 @@ def format_reward(text: str) -> float:
     """1 for `<think>...</think>\\n<answer>...</answer>`, each tag once, nothing around; else 0."""
     in_order = text.startswith("<think>") and text.endswith("</answer>")
     joined = "</think>\n<answer>" in text
-    return float(in_order and joined and all(text.count(tag) == 1 for tag in TAGS))
+    once = all(text.count(tag) == 1 for tag in TAGS)
+    return float(in_order and joined and once)
 
 
 def same_number(given: str, answer: str) -> bool:
@@ -399,13 +399,11 @@ def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) ->
 def task_reward(text: str, answer: str, task: str) -> float:
     """The task's own reward, which must be a finite number; raises UserError."""
     value = TASKS[task].answer_reward(text, answer)
-    try:
+    what = f"--task {task}: its reward for the answer {answer!r} is {value!r}, not a finite number"
+    with blame(what):
         reward = float(value)
-    except (TypeError, ValueError, OverflowError):
-        reward = math.nan
     if not math.isfinite(reward):
-        what = f"its reward is {value!r}, not a finite number, for the answer {answer!r}"
-        raise UserError(f"--task {task}: {what}")
+        raise UserError(what)
     return reward
 
 
@@ -452,12 +450,13 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tenso
         score_QG = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}[by]
     # The sort is stable; topk would leave it open which of equal ones come first.
     order = score_QG.sort(dim=1, descending=True, stable=True).indices  # (Q, G)
-    best_QG = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :num_kept], True)
+    best_QG = torch.zeros_like(order, dtype=torch.bool)
+    best_QG.scatter_(1, order[:, :num_kept], True)
     return best_QG & (abs_QG >= gamma)
 
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
-def collect_batch(draw, stream: Iterator[Question], room: int, config: Config):
+def collect_batch(draw, stream, room: int, config: Config):
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
     `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
@@ -510,7 +509,8 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     length = torch.tensor([[len(r.token_ids)] for r in rows])  # (B, 1)  |o_i|
     T = max(r.num_tokens for r in rows)
     C = int(length.max())
-    input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (B, T)
+    padded = [(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows]
+    input_ids = torch.tensor(padded)  # (B, T)
     next_place = torch.arange(T) + 1 - prompt_length  # (B, T) place of the next token in o_i
     predicts = (next_place >= 0) & (next_place < length)  # (B, T)
     mask = torch.arange(C) < length  # (B, C)
@@ -520,15 +520,17 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     return Batch(*(x.to(device) for x in tensors))
 
 
-def pack(rows: list[Completion], tokens_per_microbatch: int) -> list[list[Completion]]:
+def pack(rows: list[Completion], tokens_per_microbatch: int):
     """Splits rows, all of them, into micro-batches of at most so many tokens, padding included:
     longest first, so that little is padding. A row that is longer than the limit goes alone."""
     packs: list[list[Completion]] = []
+    room = 0  # rows that the last pack may still take
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
-        if packs and (len(packs[-1]) + 1) * packs[-1][0].num_tokens <= tokens_per_microbatch:
-            packs[-1].append(row)
-        else:
-            packs.append([row])
+        if room < 1:
+            packs.append([])
+            room = max(1, tokens_per_microbatch // row.num_tokens)
+        packs[-1].append(row)
+        room -= 1
     return packs
 
 
@@ -538,7 +540,8 @@ def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
     # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
-    targets = batch.input_ids[:, 1:][batch.predicts[:, :-1]]  # (M,) in p q a b -: a and b
+    following = batch.input_ids.roll(-1, dims=1)  # (B, T) the next token at each place
+    targets = following[batch.predicts]  # (M,)
     log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
     # Both masks list the completions' tokens row by row, so the M values fall into their places.
     return log_probs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_probs)
@@ -587,22 +590,15 @@ def policy_log_probs(learner: Learner, batch: Batch, is_last: bool, config: Conf
         learner.policy.require_backward_grad_sync = is_last
     # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
     is_bfloat16 = config.dtype == "bfloat16"
-    with torch.autocast(batch.mask.device.type, torch.bfloat16, enabled=is_bfloat16):
+    with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
         return token_log_probs(learner.policy, batch, config.temperature)
 
 
-@torch.no_grad()
-def add_reference_log_probs(reference, batches: list[Batch], config: Config):
-    """Fills in pi_ref, which stays the same for all mu iterations."""
-    for batch in batches:
-        batch.ref_log_probs = token_log_probs(reference, batch, config.temperature)
-
-
-def accumulate_gradient(learner: Learner, batches: list[Batch], N: int, config: Config) -> dict:
+def accumulate_gradient(learner: Learner, batches, N: int, config: Config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N counts the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
     |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
-    sums = dict.fromkeys(("loss", "kl", "clip_fraction", "sampling_gap"), 0.0)
+    sums = Counter()
     for batch in batches:
         log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
         if batch.old_log_probs is None:
@@ -624,13 +620,14 @@ def accumulate_gradient(learner: Learner, batches: list[Batch], N: int, config: 
             sums[name] += value.sum().item()
 
     if N and not batches:  # the other ranks wait for this one's gradients: zeros
-        token = torch.zeros(1, 1, dtype=torch.long, device=learner.model.device)
-        (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
+        token = torch.tensor([[0]], device=learner.model.device)
+        logits = learner.policy(input_ids=token, use_cache=False).logits
+        (0 * logits.sum()).backward()
     return sums
 
 
 def optimizer_step(learner: Learner, N: int, config: Config) -> float:
-    """Moves the weights along the gradient, which it clears. Returns the gradient's norm. Raises
+    """Moves the weights along the gradient, and clears it. Returns the gradient's norm. Raises
     FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
     parameters = learner.policy.parameters()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
@@ -639,41 +636,45 @@ def optimizer_step(learner: Learner, N: int, config: Config) -> float:
     if N > 0:  # a step without rows would still move the weights, by AdamW's momentum
         learner.optimizer.step()
     learner.scheduler.step()
-    # DDP keeps gradients in buckets of its own: they are cleared, because None would double them.
+    # DDP's buckets are the gradients' memory: None instead of zeros would make it hold them twice.
     learner.optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)
     return norm
 
 
-def check_sampler(sampling_gap: float, N: int, config: Config):
-    """Before any weight moves, sampler and trainer must agree; raises UserError."""
-    gap = sum_over_ranks({"gap": sampling_gap})["gap"] / N
-    limit = 1e-3 if config.dtype == "float32" else 0.1
-    if not gap < limit:  # also where it is nan
-        what = "samples with other probabilities than it trains with (a cache of another kind?)"
-        raise UserError(f"--model {config.model} {what}: sampling_gap is {gap:.3g}, over {limit}")
+def update(learner: Learner, rows, N: int, config: Config):
+    """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns, as means
+    over the mu steps, accumulate_gradient's sums and `grad_norm`. Raises a UserError if sampler and
+    trainer disagree before any weight has moved: then the samples are not the policy's."""
+    parts = pack(rows, config.tokens_per_microbatch)
+    batches = [make_batch(part, learner.model.device) for part in parts]
+    if config.beta > 0:  # pi_ref, the same in all mu iterations
+        with torch.no_grad():
+            for batch in batches:
+                batch.ref_log_probs = token_log_probs(learner.reference, batch, config.temperature)
 
-
-def update(learner: Learner, rows: list[Completion], N: int, config: Config) -> dict:
-    """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns means over
-    the mu steps of accumulate_gradient's sums, and of the gradient's norm, `grad_norm`."""
-    micro_batches = pack(rows, config.tokens_per_microbatch)
-    batches = [make_batch(part, learner.model.device) for part in micro_batches]
-    if config.beta > 0:
-        add_reference_log_probs(learner.reference, batches, config)
-
-    means = dict.fromkeys(("loss", "kl", "clip_fraction", "sampling_gap", "grad_norm"), 0.0)
+    means = Counter()
     for _ in range(config.num_iterations):
         sums = accumulate_gradient(learner, batches, N, config)
-        if N and learner.scheduler.last_epoch == 0:  # the run's first optimizer step
-            check_sampler(sums["sampling_gap"], N, config)
+        if N > 0 and learner.scheduler.last_epoch == 0:
+            gap = sum(over_ranks(sums["sampling_gap"])) / N
+            if not gap < (1e-3 if config.dtype == "float32" else 0.1):  # nan is not
+                what = f"--model {config.model}: its samples have other probabilities"
+                raise UserError(f"{what} than in training, by {gap:.3g} (an unknown cache?)")
         sums["grad_norm"] = optimizer_step(learner, N, config)
         for name, value in sums.items():
             means[name] += value / config.num_iterations
     return means
 
 
+@torch.no_grad()
+def refresh(sampler, model):
+    """Gives the sampler the model's weights, rounded to its dtype. In float32 they are one."""
+    for old, new in zip(sampler.parameters(), model.parameters(), strict=True):
+        old.copy_(new)
+
+
 # --- One step -------------------------------------------------------------------------------------
-def cppo_step(learner: Learner, tokenizer, stream: Iterator[Question], config: Config):
+def cppo_step(learner: Learner, tokenizer, stream, config: Config):
     """The paper's algorithm: collect a batch, update the policy, refresh the sampler. Returns the
     step's metrics, and all completions that this rank has sampled."""
     start = time.perf_counter()
@@ -685,13 +686,11 @@ def cppo_step(learner: Learner, tokenizer, stream: Iterator[Question], config: C
 
     kept, sampled, rounds = collect_batch(draw, stream, room, config)
     # Ranks wait here for the slowest sampler, so that the clock of training is training's alone.
-    N = int(sum_over_ranks({"kept": len(kept)})["kept"])
+    N = sum(over_ranks(len(kept)))
     collected = time.perf_counter()
 
     means = update(learner, kept, N, config)
-    with torch.no_grad():
-        for old, new in zip(learner.sampler.parameters(), learner.model.parameters(), strict=True):
-            old.copy_(new)  # rounded to the sampler's dtype
+    refresh(learner.sampler, learner.model)
     end = time.perf_counter()
 
     metrics = step_metrics(kept, sampled, rounds, means, config)
@@ -706,8 +705,8 @@ def cppo_step(learner: Learner, tokenizer, stream: Iterator[Question], config: C
 class Task:
     """A choice of --task. Your own script may add one to TASKS, and then call main()."""
 
-    questions: Callable[[str | None, str], list[Question]]  # (--train_data, "train"), or of test
-    answer_reward: Callable[[str, str], float]  # (completion, answer) -> 0 to 2, right from 1.5 on
+    questions: Callable  # (--train_data, "train") -> list of Question; or of --test_data, "test"
+    answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right from 1.5 on
     defaults: dict  # of the flags without one: batch_size, learning_rate and so on, as in TASKS
 
 
@@ -719,10 +718,11 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
     if source:
         raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
-    pairs = [(a, b) for a in range(10, 100) for b in range(a, 100)]
+    pairs = [*itertools.combinations_with_replacement(range(10, 100), 2)]
     rng.shuffle(pairs)
+    both_ways = dict.fromkeys(itertools.chain(*((pair, pair[::-1]) for pair in pairs)))
     questions = []
-    for a, b in [turned for pair in pairs for turned in dict.fromkeys([pair, pair[::-1]])]:
+    for a, b in both_ways:
         units = a % 10 + b % 10
         tens = a // 10 + b // 10
         carry = units >= 10 and rng.random() < 0.3
@@ -737,13 +737,10 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
 
 def cell_text(value, what: str) -> str:
     """A table's cell as text: text as it is, a number without an exponent, nothing as ""."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value.strip()
-    is_number = isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value)):
-        raise ValueError(f"{what} is {value!r}: it must be text or a finite number")
+    if isinstance(value, str | None):
+        return (value or "").strip()
+    if type(value) not in (int, float, Decimal) or not math.isfinite(value):
+        raise ValueError(f"{what} is {value!r}, which is neither text nor a finite number")
     return f"{Decimal(str(value)):f}"
 
 
@@ -752,7 +749,8 @@ def load_table(source: str, split: str):
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
-    kind = Path(source).suffix[1:].lower().replace("jsonl", "json")
+    kind = Path(source).suffix.lower()[1:]
+    kind = "json" if kind == "jsonl" else kind
     if kind in ("parquet", "json", "csv"):
         # A path that exists is no pattern, whatever brackets are in it.
         file = glob.escape(source) if Path(source).exists() else source
@@ -764,26 +762,23 @@ def load_table(source: str, split: str):
     return datasets.load_dataset(*source.split(":"), split=split)
 
 
-def table_questions(system: str, form: str, source: str, split: str) -> list[Question]:
+def table_questions(system, form, source, split) -> list[Question]:
     """Questions of a file or of a data set on the hub. A row has a `question` or `problem`; and an
     `answer`, bare or as GSM8K's `solution #### 72`, or a `solution` that ends so or boxes it.
     `form` is how a demonstration gives the answer. Raises UserError."""
     questions = []
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
-            cell = {
-                name: cell_text(row.get(name), f"row {i}: {name}")
+            question, problem, answer, solution = (
+                cell_text(row.get(name), f"row {i}: {name}")
                 for name in ("question", "problem", "answer", "solution")
-            }
-            text = cell["question"] or cell["problem"]
-            solution = cell["solution"] or cell["answer"]
-            think, marks, final = solution.rpartition("####")  # no marks: all of it is `final`
-            if not marks and (cell["solution"] or boxed(solution)):
-                think = solution
-                final = boxed(solution) or ""
-            answer = final.strip()
-            if cell["solution"] and cell["answer"]:
-                answer = cell["answer"]
+            )
+            text, whole = question or problem, solution or answer
+            think, marks, final = whole.rpartition("####")  # no marks: all of it is `final`
+            if not marks and (solution or boxed(whole)):
+                think, final = whole, boxed(whole) or ""
+            if not (solution and answer):
+                answer = final.strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
 
@@ -853,7 +848,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
+def load_questions(config: Config):
     """The task's questions, to train on and, the first --eval_questions of them, to test."""
     task = TASKS[config.task]
     train, test = [], []
@@ -862,7 +857,8 @@ def load_questions(config: Config) -> tuple[list[Question], list[Question]]:
     if config.eval_questions != 0:
         test = task.questions(config.test_data, "test")[: config.eval_questions]
     # A reward that cannot work (math-verify is missing, say) fails here, before a model is loaded.
-    task_reward("<answer>\\boxed{?}</answer>", [*train, *test][0].answer, config.task)
+    for question in (train + test)[:1]:
+        task_reward("<answer>\\boxed{?}</answer>", question.answer, config.task)
     return train, test
 
 
@@ -870,13 +866,13 @@ def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     """Fills in `prompt_ids`, messages through the tokenizer's chat template, if it has one."""
     for question in questions:
         text = question.prompt
-        add_bos = True
-        if not isinstance(text, str) and tokenizer.chat_template:
+        has_template = not isinstance(text, str) and tokenizer.chat_template
+        if has_template:
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-            add_bos = False  # the template has, where it is wanted
         elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
-        question.prompt_ids = tokenizer(text, add_special_tokens=add_bos).input_ids
+        # A template writes BOS itself, where it is wanted.
+        question.prompt_ids = tokenizer(text, add_special_tokens=not has_template).input_ids
 
         # Some templates begin the answer themselves, with "<think>" and a line break.
         _, tag, space = text.rpartition("<think>")
@@ -888,12 +884,6 @@ def demonstration_ids(question: Question, tokenizer) -> list[int]:
     """What the warm start teaches: the demonstration, less what the prompt has said, and EOS."""
     text = question.demonstration.removeprefix(question.opening.strip())
     return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-
-
-def fingerprint(questions: list[Question]) -> str:
-    """A hash of prompts and answers: --resume must find the same."""
-    text = json.dumps([(q.prompt, q.answer) for q in questions])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def question_stream(questions, seed: int) -> Iterator[Question]:
@@ -910,7 +900,8 @@ def question_stream(questions, seed: int) -> Iterator[Question]:
 def tiny_model_and_tokenizer():
     """A random Llama of 0.45M parameters and a tokenizer of characters; each tag is one token."""
     words = ["<pad>", "<eos>", *TAGS, *"\n +=0123456789"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
@@ -951,26 +942,23 @@ def load_model_and_tokenizer(name: str | None, what: str):
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
 
 
-def check_fit(model, tokenizer, questions: list[Question], config: Config):
+def check_fit(model, tokenizer, questions, config: Config):
     """Whether the model can read all prompts and write all completions; raises UserError."""
+    blamed = f"--model {config.model}:"
     eos_ids = model.generation_config.eos_token_id
-    longest, largest_id = 0, max(eos_ids)
-    for q in questions:
-        if q.prompt_ids[-1:] == [tokenizer.eos_token_id] or not q.prompt_ids:
-            raise UserError(f"--model {config.model}: its tokenizer leaves prompts empty or ends "
-                            "them with EOS, after which nothing is written")  # fmt: skip
-        taught = demonstration_ids(q, tokenizer) if config.warm_start_steps else []
-        longest = max(longest, len(q.prompt_ids) + max(len(taught), config.max_completion_tokens))
-        largest_id = max(largest_id, *q.prompt_ids, *taught)
-
-    rows = model.get_input_embeddings().num_embeddings
-    if largest_id >= rows:
-        what = f"token {largest_id} is outside its embedding of {rows}"
-        raise UserError(f"--model {config.model}: {what}; give the tokenizer that belongs to it")
+    embeddings = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions and longest > positions:
-        what = f"it has {positions} positions, prompt and completion need up to {longest}"
-        raise UserError(f"--model {config.model}: {what}; lower --max_completion_tokens")
+    for q in questions:
+        if q.prompt_ids[-1:] in ([], [tokenizer.eos_token_id]):
+            raise UserError(f"{blamed} its tokenizer ends prompts with EOS, or leaves them empty")
+        taught = demonstration_ids(q, tokenizer) if config.warm_start_steps else []
+        largest = max(q.prompt_ids + taught + eos_ids)
+        if largest >= embeddings:
+            raise UserError(f"{blamed} token {largest} is not in its embedding of {embeddings}")
+        length = len(q.prompt_ids) + max(len(taught), config.max_completion_tokens)
+        if positions and length > positions:
+            what = f"{blamed} {length} tokens need more than its {positions} positions"
+            raise UserError(f"{what}: lower --max_completion_tokens or --max_prompt_tokens")
 
 
 def copy_for(model, dtype: str):
@@ -985,7 +973,9 @@ def make_optimizer(policy, learning_rate: float, num_updates: int, config: Confi
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
     the last step, and with a warm-up from 0, so that the very first step moves nothing. Each of
     several ranks holds AdamW's moments of its share of the weights."""
-    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": True}
+    # On GPUs a resumed ZeroRedundancyOptimizer has step counts on the CPU; fused AdamW refuses them.
+    fused = WORLD_SIZE == 1 or not torch.cuda.is_available()
+    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": fused}
     if WORLD_SIZE > 1:
         optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
     else:
@@ -997,10 +987,9 @@ def make_optimizer(policy, learning_rate: float, num_updates: int, config: Confi
 # --- Ranks: torchrun's environment; one process is the plain case ---------------------------------
 def init_distributed() -> torch.device:
     """Lets the ranks meet; returns this rank's device."""
-    device = torch.device("cpu")
-    backend = "gloo"
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if local_ranks > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {local_ranks} is more than the GPUs here")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -1023,12 +1012,6 @@ def over_ranks(value) -> list:
     return values
 
 
-def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
-    """Each number added up over all ranks."""
-    everyone = over_ranks(values)
-    return {name: sum(each[name] for each in everyone) for name in values}
-
-
 def say(text: str):
     """Prints above the progress bar, on the first rank, and at once, also into a file."""
     if RANK == 0:
@@ -1047,18 +1030,18 @@ def seed_step(seed: int, step: int):
     torch.manual_seed(random.Random(f"{seed} {step} {RANK}").getrandbits(32))
 
 
-def warm_start(model, policy, tokenizer, stream: Iterator[Question], config: Config) -> dict:
+def warm_start(model, policy, tokenizer, stream, config: Config) -> dict:
     """Imitates demonstrations. The loss is -log pi, a mean over all tokens of a step's batch."""
     start = time.perf_counter()
     steps = config.warm_start_steps
-    optimizer = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
-    learner = Learner(model, policy, model, None, *optimizer)
+    optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
+    learner = Learner(model, policy, model, None, optimizer, scheduler)
     for _ in progress_bar(range(steps), "warm start"):
         share = itertools.islice(stream, math.ceil(WARM_START_BATCH / WORLD_SIZE))
         rows = [Completion(q.prompt_ids, demonstration_ids(q, tokenizer)) for q in share]
-        num_tokens = sum_over_ranks({"tokens": sum(len(r.token_ids) for r in rows)})["tokens"]
-
-        batches = [make_batch(p, model.device) for p in pack(rows, config.tokens_per_microbatch)]
+        num_tokens = sum(over_ranks(sum(len(row.token_ids) for row in rows)))
+        parts = pack(rows, config.tokens_per_microbatch)
+        batches = [make_batch(part, model.device) for part in parts]
         for batch in batches:
             log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
             # DDP's exchange is a mean over the ranks, as in accumulate_gradient.
@@ -1076,8 +1059,8 @@ def evaluate(model, tokenizer, questions: list[Question], config: Config) -> dic
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)
     share = questions[RANK::WORLD_SIZE]
     sampled = rollout(model, tokenizer, share, config, n, temperature, top_p)
-    right = sum(c.accuracy_reward >= 1.5 for c in sampled)
-    accuracy = sum_over_ranks({"right": right})["right"] / (len(questions) * n)
+    right = sum(over_ranks(sum(c.accuracy_reward >= 1.5 for c in sampled)))
+    accuracy = right / (len(questions) * n)
     say(f"cppo: {accuracy:.1%} of {len(questions):,} test questions right")
     return {
         "eval_accuracy": accuracy,
@@ -1087,16 +1070,15 @@ def evaluate(model, tokenizer, questions: list[Question], config: Config) -> dic
 
 
 # --- What a run writes ----------------------------------------------------------------------------
-def step_metrics(kept, sampled, rounds: int, means: dict, config: Config) -> dict:
+def step_metrics(kept, sampled, rounds, means, config) -> dict:
     """A step's counts over all ranks, and averages over completions, None if nothing was kept.
     `means` are update's: sums over this rank's kept completions, and the gradient's norm."""
-    G = config.group_size
-    groups = [sampled[i : i + G] for i in range(0, len(sampled), G)]
+    rewards_QG = torch.tensor([c.reward for c in sampled]).view(-1, config.group_size)
     counts = {
-        "questions": len(groups),
+        "questions": len(rewards_QG),
         "sampled": len(sampled),
         "kept": len(kept),
-        "dead_groups": sum(len({c.reward for c in group}) == 1 for group in groups),
+        "dead_groups": (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item(),
         "refill_rounds": rounds,
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
@@ -1105,22 +1087,22 @@ def step_metrics(kept, sampled, rounds: int, means: dict, config: Config) -> dic
         "reward": sum(c.reward for c in sampled),
         "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
         "format": sum(c.format_reward for c in sampled),
-        "completion_tokens": counts["sampled_tokens"],
         "truncated": sum(c.truncated for c in sampled),
+        "completion_tokens": counts["sampled_tokens"],
     }
     over_kept = {name: means[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")}
     over_kept["abs_advantage_kept"] = sum(abs(c.advantage) for c in kept)
-    minus_log_prob = -sum(sum(c.log_probs) for c in sampled)
-    total = sum_over_ranks({**counts, **over_sampled, **over_kept, "entropy": minus_log_prob})
+    # The mean of -log p over sampled tokens estimates the entropy of the next token.
+    over_tokens = {"entropy": -sum(sum(c.log_probs) for c in sampled)}
+    everyone = over_ranks(counts | over_sampled | over_kept | over_tokens)
+    total = {name: sum(each[name] for each in everyone) for name in everyone[0]}
 
     metrics = {name: total[name] for name in counts}
-    for name in over_sampled:
-        metrics[name] = total[name] / total["sampled"]
-    for name in over_kept:
-        metrics[name] = total[name] / total["kept"] if total["kept"] else None
+    averages = {"sampled": over_sampled, "kept": over_kept, "sampled_tokens": over_tokens}
+    for count, names in averages.items():
+        for name in names:
+            metrics[name] = total[name] / total[count] if total[count] else None
     metrics["grad_norm"] = means["grad_norm"] if total["kept"] else None
-    # The entropy of the next token: -log p is its estimate, a mean over all sampled tokens.
-    metrics["entropy"] = total["entropy"] / total["sampled_tokens"]
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics
@@ -1135,8 +1117,8 @@ def append_metrics(folder: Path, record: dict):
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """The run's checkpoints, oldest first. They are written as .tmp and renamed when complete."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+    steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
 def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
@@ -1146,17 +1128,17 @@ def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
         learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
     if RANK > 0:
         return
-    state["optimizer"] = learner.optimizer.state_dict()
-    state["scheduler"] = learner.scheduler.state_dict()
+    moments = {"optimizer": learner.optimizer.state_dict()}
+    moments["scheduler"] = learner.scheduler.state_dict()
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
-    # The oldest goes before the new one comes: Adam's moments make them large.
+    # The oldest goes before the new one comes: AdamW's moments make them large.
     for old in find_checkpoints(folder)[1:-1]:
         shutil.rmtree(old, ignore_errors=True)
     with blame(f"{path} cannot be written, the one before it stays"):
         learner.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        torch.save(state, unfinished / "trainer_state.pt")
+        torch.save(state | moments, unfinished / "trainer_state.pt")
         shutil.copy(folder / "metrics.jsonl", unfinished)  # all that is logged up to this step
         for file in filter(Path.is_file, unfinished.rglob("*")):  # on the disk: power may fail
             with open(file, "rb+") as opened:
@@ -1164,54 +1146,52 @@ def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
         unfinished.rename(path)
 
 
-def unreadable(file: Path) -> str:
-    """What to blame where a part of a checkpoint cannot be read."""
-    return f"--resume: {file} cannot be read; delete its checkpoint to use the one before it"
+def unreadable(path: Path) -> str:
+    """What to blame for a part of a checkpoint."""
+    return f"--resume: {path} cannot be read; delete that checkpoint to use the one before it"
 
 
-def load_state(config: Config) -> tuple[Path | None, dict]:
-    """The last checkpoint of a run that is to go on, and what save_checkpoint saved there; or None
-    and the state of a new run. Raises UserError."""
-    new = {"step": 0, "asked": [0] * WORLD_SIZE, "seconds": 0.0, "config": asdict(config)}
+def load_state(config: Config):
+    """The checkpoint to go on from, and what save_checkpoint saved there; or None, and the state in
+    which a run begins. Raises UserError."""
+    settings = asdict(config)
     checkpoints = find_checkpoints(Path(config.output_dir))
     if config.eval_only or not config.resume or not checkpoints:
-        return None, new
-    path = checkpoints[-1]
-    with blame(unreadable(path / "trainer_state.pt")):
-        # mmap: else each of 8 ranks would read all of Adam's moments into memory
-        state = torch.load(path / "trainer_state.pt", "cpu", weights_only=True, mmap=True)
-        before = {**state["config"], "ranks": len(state["asked"])}
+        asked = [0] * WORLD_SIZE  # questions, by each rank
+        return None, {"step": 0, "asked": asked, "seconds": 0.0, "config": settings}
+    path = checkpoints[-1] / "trainer_state.pt"
+    with blame(unreadable(path)):
+        # mmap: else each of 8 ranks would read all of AdamW's moments into memory
+        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        before = state["config"] | {"ranks": len(state["asked"])}
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
     may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
-    for name, now in {**asdict(config), "ranks": WORLD_SIZE}.items():
+    for name, now in (settings | {"ranks": WORLD_SIZE}).items():
         if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
-    return path, {**state, "config": asdict(config)}
+    return checkpoints[-1], state
 
 
 @contextlib.contextmanager
 def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
-    """Keeps other processes out of the folder while its block runs, and begins the folder: its
-    metrics.jsonl holds what the checkpoint's does. Raises UserError."""
+    """Begins the folder, and keeps other processes out while its block runs; raises UserError."""
     if RANK > 0:
         yield
         return
-    metrics = ""
-    if checkpoint:
-        with blame(unreadable(checkpoint / "metrics.jsonl")):
-            metrics = (checkpoint / "metrics.jsonl").read_text()
-    with contextlib.ExitStack() as until_the_end:
-        with blame(f"--output_dir {folder} cannot be written", OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = until_the_end.enter_context(open(folder / "lock", "a"))
-        in_use = f"--output_dir {folder} is in use by another process"
-        with blame(in_use, BlockingIOError):
+    with blame(f"--output_dir {folder} cannot be written", OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a")
+    with lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process dies
-        if find_checkpoints(folder)[-1:] != ([checkpoint] if checkpoint else []):
-            raise UserError(f"{in_use}, which has gone on meanwhile: give the command again")
-        with blame(f"--output_dir {folder} cannot be written", OSError):
-            (folder / "metrics.jsonl").write_text(metrics)
-            (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        except BlockingIOError:
+            raise UserError(f"--output_dir {folder} is in use by another process") from None
+        if find_checkpoints(folder)[-1:] != [checkpoint][: bool(checkpoint)]:
+            raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
+        (folder / "metrics.jsonl").write_text("")
+        if checkpoint:
+            shutil.copy(checkpoint / "metrics.jsonl", folder)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
         yield
 
 
@@ -1222,7 +1202,7 @@ class Run:
 
     folder: Path
     checkpoint: Path | None  # the one to go on from; None: a new run
-    state: dict  # step, asked (questions, by each rank), seconds, config, questions_hash
+    state: dict  # step, asked, seconds, config, questions_hash
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     questions: list[Question]
@@ -1233,8 +1213,9 @@ def set_up(config: Config) -> Run:
     """Ranks, checkpoint, questions, model. All checks come before the first write; raises
     UserError."""
     folder = Path(config.output_dir)
-    is_a_run = config.resume and (folder / "metrics.jsonl").exists()
-    if not (config.eval_only or is_a_run) and any(p.name != "lock" for p in folder.glob("*")):
+    others = {path.name for path in folder.glob("*")} - {"lock"}
+    is_a_run = config.resume and "metrics.jsonl" in others
+    if others and not (config.eval_only or is_a_run):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     device = init_distributed()
     checkpoint, state = load_state(config)
@@ -1242,8 +1223,9 @@ def set_up(config: Config) -> Run:
         raise UserError("--resume: --output_dir must be one folder that all machines share")
 
     loaded, test_questions = load_questions(config)
-    hashed = fingerprint([*loaded, *test_questions])
-    if state.setdefault("questions_hash", hashed) != hashed:
+    texts = repr([(q.prompt, q.answer) for q in loaded + test_questions])
+    questions_hash = hashlib.sha256(texts.encode()).hexdigest()
+    if state.setdefault("questions_hash", questions_hash) != questions_hash:
         raise UserError("--resume: the questions are not those that the run began with")
 
     torch.manual_seed(config.seed)  # of the tiny model's weights
@@ -1252,96 +1234,93 @@ def set_up(config: Config) -> Run:
         what = unreadable(checkpoint)
     model, tokenizer = load_model_and_tokenizer(checkpoint or config.model, what)
     with blame(f"--model {config.model}: its chat template refuses the messages"):
-        encode_prompts([*loaded, *test_questions], tokenizer)
+        encode_prompts(loaded + test_questions, tokenizer)
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions):,} prompts over --max_prompt_tokens left out"
     if len(questions) < WORLD_SIZE and not config.eval_only:
         raise UserError(f"{len(questions)} training questions are too few, {left_out}")
     if config.warm_start_steps and not all(q.demonstration for q in questions):
         raise UserError("--warm_start_steps must be 0: there are questions without demonstration")
-    check_fit(model, tokenizer, [*questions, *test_questions], config)
+    check_fit(model, tokenizer, questions + test_questions, config)
     say(f"cppo: {config.task}, {WORLD_SIZE} rank(s), {device.type}, {config.dtype}; {left_out}")
     return Run(folder, checkpoint, state, model.to(device), tokenizer, questions, test_questions)
 
 
 def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
     """The learner of a new run after its warm start, or as the checkpoint has it."""
-    sampler, reference = run.model, None
+    model, sampler, reference = run.model, run.model, None
     if config.dtype != "float32":
-        sampler = copy_for(run.model, config.dtype)
+        sampler = copy_for(model, config.dtype)
     if config.beta > 0:
-        initial = run.model
+        initial = model
         if run.checkpoint:  # the model has moved since the start, which is checkpoint-0
             start = run.folder / "checkpoint-0"
             initial, _ = load_model_and_tokenizer(start, unreadable(start))
-        reference = copy_for(initial, config.dtype).to(run.model.device)
+        reference = copy_for(initial, config.dtype).to(model.device)
 
     optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config)
     if run.checkpoint:
         with blame(unreadable(run.checkpoint / "trainer_state.pt")):
             optimizer.load_state_dict(run.state.pop("optimizer"))
             scheduler.load_state_dict(run.state.pop("scheduler"))
-    return Learner(run.model, policy, sampler, reference, optimizer, scheduler)
+    return Learner(model, policy, sampler, reference, optimizer, scheduler)
 
 
 def evaluate_and_save(run: Run, learner: Learner, last: int, config: Config):
     """At the start, after the last step, and as often as --eval_every and --save_every say."""
     step = run.state["step"]
-
-    def is_due(every: int) -> bool:
-        return step in (0, last) or (every > 0 and step % every == 0)
-
-    if run.test_questions and is_due(config.eval_every):
+    is_end = step in (0, last)
+    if run.test_questions and (is_end or step % (config.eval_every or last) == 0):
         score = evaluate(learner.sampler, run.tokenizer, run.test_questions, config)
         append_metrics(run.folder, {"step": step, **score})
-    if is_due(config.save_every):
+    if is_end or step % (config.save_every or last) == 0:
         save_checkpoint(run.folder, learner, run.tokenizer, run.state)
 
 
 def train(config: Config):
     """A whole run: warm start, steps of CPPO, evaluations, checkpoints; or an evaluation alone."""
     run = set_up(config)
+    model, tokenizer, questions, state = run.model, run.tokenizer, run.questions, run.state
     if config.eval_only:
-        sampler = copy_for(run.model, config.dtype)
-        evaluate(sampler, run.tokenizer, run.test_questions, config)
+        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)
         return
 
-    state = run.state
-    per_step = config.batch_size // config.num_kept  # questions, unless gamma asks for more
-    last = math.ceil(len(run.questions) / per_step) if config.steps is None else config.steps
-    policy = run.model
+    per_step = config.batch_size // config.num_kept  # questions, unless gamma makes room for more
+    last = config.steps
+    if last is None:  # one epoch
+        last = math.ceil(len(questions) / per_step)
+    policy = model
     if WORLD_SIZE > 1:
-        policy = DDP(run.model, gradient_as_bucket_view=True, forward_sync_buffers=False)
+        policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with only_run_in(run.folder, run.checkpoint, config):
-        say(f"cppo: steps {state['step'] + 1} to {last}, each with {per_step} questions; "
-            f"G = {config.group_size}, k = {config.num_kept}")  # fmt: skip
+        G, k = config.group_size, config.num_kept
+        say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
+        stream = question_stream(questions, config.seed)
         if not run.checkpoint:
-            stream = question_stream(run.questions, config.seed)
-            append_metrics(run.folder, warm_start(run.model, policy, run.tokenizer, stream, config))
+            append_metrics(run.folder, warm_start(model, policy, tokenizer, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
 
         # The stream goes on where this rank has stopped asking.
-        stream = itertools.islice(
-            question_stream(run.questions, config.seed), state["asked"][RANK], None
-        )
+        stream = question_stream(questions, config.seed)
+        stream = itertools.islice(stream, state["asked"][RANK], None)
         for step in progress_bar(range(state["step"] + 1, last + 1), config.task):
             seed_step(config.seed, step)
             learning_rate = learner.scheduler.get_last_lr()[0]
             with blame(f"step {step}: lower --learning_rate in a new run", FloatingPointError):
-                metrics, sampled = cppo_step(learner, run.tokenizer, stream, config)
+                metrics, sampled = cppo_step(learner, tokenizer, stream, config)
 
-            asked = state["asked"][RANK] + len(sampled) // config.group_size
-            state |= {"step": step, "asked": over_ranks(asked)}
+            state["step"] = step
+            state["asked"] = over_ranks(state["asked"][RANK] + len(sampled) // G)
             state["seconds"] += metrics["step_seconds"]
-            epoch = sum(state["asked"]) / len(run.questions)
-            metrics = {"step": step, "epoch": epoch, "learning_rate": learning_rate, **metrics}
+            epoch = sum(state["asked"]) / len(questions)
+            metrics = {"step": step, "epoch": epoch, "learning_rate": learning_rate} | metrics
             append_metrics(run.folder, metrics)
             if step == 1 or step % max(1, last // 10) == 0:
+                c = sampled[0]
                 say("  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN))
-                shown = sampled[0]
-                say(f"  {shown.text!r}: reward {shown.reward:g}, right is {shown.answer!r}")
+                say(f"  {c.text!r} earns {c.reward:g}, the answer is {c.answer!r}")
             evaluate_and_save(run, learner, last, config)
 
         total = sum(state["asked"])
