@@ -973,7 +973,7 @@ def make_optimizer(policy, learning_rate: float, num_updates: int, config: Confi
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
     the last step, and with a warm-up from 0, so that the very first step moves nothing. Each of
     several ranks holds AdamW's moments of its share of the weights."""
-    # On GPUs a resumed ZeroRedundancyOptimizer has step counts on the CPU; fused AdamW refuses them.
+    # On GPUs a resumed ZeroRedundancyOptimizer counts steps on the CPU, which fused AdamW refuses.
     fused = WORLD_SIZE == 1 or not torch.cuda.is_available()
     settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": fused}
     if WORLD_SIZE > 1:
