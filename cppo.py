@@ -643,8 +643,7 @@ def optimizer_step(learner: Learner, N: int, config: Config) -> float:
 
 def update(learner: Learner, rows, N: int, config: Config):
     """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns, as means
-    over the mu steps, accumulate_gradient's sums and `grad_norm`. Raises a UserError if sampler and
-    trainer disagree before any weight has moved: then the samples are not the policy's."""
+    over the mu steps, accumulate_gradient's sums and `grad_norm`."""
     parts = pack(rows, config.tokens_per_microbatch)
     batches = [make_batch(part, learner.model.device) for part in parts]
     if config.beta > 0:  # pi_ref, the same in all mu iterations
@@ -655,11 +654,6 @@ def update(learner: Learner, rows, N: int, config: Config):
     means = Counter()
     for _ in range(config.num_iterations):
         sums = accumulate_gradient(learner, batches, N, config)
-        if N > 0 and learner.scheduler.last_epoch == 0:
-            gap = sum(over_ranks(sums["sampling_gap"])) / N
-            if not gap < (1e-3 if config.dtype == "float32" else 0.1):  # nan is not
-                what = f"--model {config.model}: its samples have other probabilities"
-                raise UserError(f"{what} than in training, by {gap:.3g} (an unknown cache?)")
         sums["grad_norm"] = optimizer_step(learner, N, config)
         for name, value in sums.items():
             means[name] += value / config.num_iterations
@@ -735,6 +729,9 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
     return questions[:512] if split == "test" else questions[512 : 512 + 2560]
 
 
+COLUMNS = ("question", "problem", "answer", "solution")
+
+
 def cell_text(value, what: str) -> str:
     """A table's cell as text: text as it is, a number without an exponent, nothing as ""."""
     if isinstance(value, str | None):
@@ -754,8 +751,10 @@ def load_table(source: str, split: str):
     if kind in ("parquet", "json", "csv"):
         # A path that exists is no pattern, whatever brackets are in it.
         file = glob.escape(source) if Path(source).exists() else source
-        # A csv file is read as text: else 3 may become 3.0, and NA nothing.
-        options = {"dtype": str, "keep_default_na": False} if kind == "csv" else {}
+        options = {}
+        if kind == "csv":  # as text: else 3 may become 3.0, and NA nothing
+            as_text = dict.fromkeys(COLUMNS, str)
+            options = {"converters": as_text, "keep_default_na": False, "index_col": False}
         return datasets.load_dataset(kind, data_files=file, split="train", **options)
     if Path(source).is_file():
         raise ValueError("its name ends in none of these")
@@ -770,8 +769,7 @@ def table_questions(system, form, source, split) -> list[Question]:
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
             question, problem, answer, solution = (
-                cell_text(row.get(name), f"row {i}: {name}")
-                for name in ("question", "problem", "answer", "solution")
+                cell_text(row.get(name), f"row {i}: {name}") for name in COLUMNS
             )
             text, whole = question or problem, solution or answer
             think, marks, final = whole.rpartition("####")  # no marks: all of it is `final`
@@ -956,9 +954,21 @@ def check_fit(model, tokenizer, questions, config: Config):
         if largest >= embeddings:
             raise UserError(f"{blamed} token {largest} is not in its embedding of {embeddings}")
         length = len(q.prompt_ids) + max(len(taught), config.max_completion_tokens)
-        if positions and length > positions:
+        if positions and 0 < positions < length:
             what = f"{blamed} {length} tokens need more than its {positions} positions"
             raise UserError(f"{what}: lower --max_completion_tokens or --max_prompt_tokens")
+
+
+def check_sampler(model, prompt_ids: list[int], config: Config):
+    """Samples a little: a model whose cache sample_completions does not drive (Mamba's, say) draws
+    with other probabilities than it would be trained with. Raises UserError."""
+    prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]
+    sampled = sample_completions(model, prompts, 2, 4, 1.0, [])
+    batch = make_batch(sampled, model.device)
+    with torch.no_grad():
+        gap = token_log_probs(model, batch, 1.0) - batch.sampled_log_probs  # (4, 4)
+    if not gap.abs().max() < 1e-3:  # nan is not
+        raise UserError(f"--model {config.model}: this kind of model cannot be sampled from here")
 
 
 def copy_for(model, dtype: str):
@@ -1164,6 +1174,8 @@ def load_state(config: Config):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
+        if missing := {"step", "seconds", "questions_hash", "optimizer", "scheduler"} - {*state}:
+            raise ValueError(f"it lacks {missing}")
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
     may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
     for name, now in (settings | {"ranks": WORLD_SIZE}).items():
@@ -1188,9 +1200,11 @@ def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
             raise UserError(f"--output_dir {folder} is in use by another process") from None
         if find_checkpoints(folder)[-1:] != [checkpoint][: bool(checkpoint)]:
             raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
-        (folder / "metrics.jsonl").write_text("")
+        metrics = b""
         if checkpoint:
-            shutil.copy(checkpoint / "metrics.jsonl", folder)
+            with blame(unreadable(checkpoint)):
+                metrics = (checkpoint / "metrics.jsonl").read_bytes()
+        (folder / "metrics.jsonl").write_bytes(metrics)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
         yield
 
@@ -1214,7 +1228,7 @@ def set_up(config: Config) -> Run:
     UserError."""
     folder = Path(config.output_dir)
     others = {path.name for path in folder.glob("*")} - {"lock"}
-    is_a_run = config.resume and "metrics.jsonl" in others
+    is_a_run = config.resume and ("metrics.jsonl" in others or find_checkpoints(folder))
     if others and not (config.eval_only or is_a_run):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     device = init_distributed()
@@ -1243,7 +1257,10 @@ def set_up(config: Config) -> Run:
         raise UserError("--warm_start_steps must be 0: there are questions without demonstration")
     check_fit(model, tokenizer, questions + test_questions, config)
     say(f"cppo: {config.task}, {WORLD_SIZE} rank(s), {device.type}, {config.dtype}; {left_out}")
-    return Run(folder, checkpoint, state, model.to(device), tokenizer, questions, test_questions)
+    model.to(device)
+    for question in (questions + test_questions)[:1]:
+        check_sampler(model, question.prompt_ids, config)
+    return Run(folder, checkpoint, state, model, tokenizer, questions, test_questions)
 
 
 def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
@@ -1255,7 +1272,8 @@ def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
         initial = model
         if run.checkpoint:  # the model has moved since the start, which is checkpoint-0
             start = run.folder / "checkpoint-0"
-            initial, _ = load_model_and_tokenizer(start, unreadable(start))
+            what = f"--resume: {start}, the reference, cannot be read: begin a new run"
+            initial, _ = load_model_and_tokenizer(start, what)
         reference = copy_for(initial, config.dtype).to(model.device)
 
     optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config)
@@ -1320,7 +1338,7 @@ def train(config: Config):
             if step == 1 or step % max(1, last // 10) == 0:
                 c = sampled[0]
                 say("  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN))
-                say(f"  {c.text!r} earns {c.reward:g}, the answer is {c.answer!r}")
+                say(f"  {c.text!a} earns {c.reward:g}, the answer is {c.answer!a}")
             evaluate_and_save(run, learner, last, config)
 
         total = sum(state["asked"])
