@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine, or of several. All arguments go to cppo.py. If a process dies, all start again
-# from the last checkpoint, MAX_RESTARTS times (3); so they do if the same command is given again.
+# from the last checkpoint, MAX_RESTARTS times (3), also after a user's mistake: torchrun knows no exit status that would
+# need no restart. So they do if the same command is given again.
 #
 #   ./run_multi_gpu.sh --pruning_rate 0.75                  this machine, one process per GPU
 #   NPROC=4 ./run_multi_gpu.sh                              four of them
@@ -19,6 +20,4 @@ else
 fi
 # Else those who start again find the addresses that the dead left in torchrun's store, and wait for them for ever.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# The cache grows with every token: without this, memory would break into pieces too small for it.
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 exec torchrun "${where[@]}" --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-3}" "$here/cppo.py" --resume "$@"

@@ -1735,7 +1735,7 @@ def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_pa
     os.kill(ranks[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.count("cppo: steps ") == 2
+    assert out.count("cppo: arithmetic, 2 rank(s)") == 2
     assert_equal_runs(whole_run(2), folder)
 
 
