@@ -40,7 +40,7 @@ import transformers
 from tokenizers import processors
 
 import cppo
-from cppo import Completion, Config, Question, UserError
+from cppo import Completion, Config, Learner, Question, UserError
 
 ROOT = Path(__file__).parent
 F64 = torch.float64
@@ -72,7 +72,7 @@ def grades(*words: str):
     return lambda test: vars(test).update(dict.fromkeys(words, True)) or test
 
 
-def tiny(family: str, vocabulary: int = 20, **changes):
+def tiny(family: str, vocabulary: int = 20):
     """A small random model of an architecture, with weights large enough to have opinions."""
     torch.manual_seed(7)
     size = dict(vocab_size=vocabulary, initializer_range=0.2, bos_token_id=None, eos_token_id=1)
@@ -85,7 +85,7 @@ def tiny(family: str, vocabulary: int = 20, **changes):
             num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3], linear_num_key_heads=2,
             linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
     }.get(family, {})  # fmt: skip
-    shape = getattr(transformers, f"{family}Config")(**shape | size | changes)
+    shape = getattr(transformers, f"{family}Config")(**shape, **size)
     return transformers.AutoModelForCausalLM.from_config(shape).eval()
 
 
@@ -112,34 +112,32 @@ def config(**changes) -> Config:
     return Config(task="arithmetic", **changes)
 
 
-def plain_sgd(model, reference=None):
-    """A learner whose step is minus the gradient, and a schedule that does nothing."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    inner = getattr(model, "module", model)
-    return cppo.Learner(inner, model, inner, reference, optimizer, schedule)
+def learner_of(model, make=None, reference=None, ddp=False) -> Learner:
+    """With a rate that stays the same. `make` gives the optimizer of a policy: by default one whose
+    step is minus the gradient."""
+    policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
+    optimizer = make(policy) if make else torch.optim.SGD(policy.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return Learner(model, policy, model, reference, optimizer, scheduler)
 
 
-def adamw(model, rate: float, updates: int, settings) -> cppo.Learner:
-    optimizer = cppo.make_optimizer(model, rate, updates, settings)
-    return cppo.Learner(model, model, model, copy.deepcopy(model), *optimizer)
+def adamw(learning_rate: float):
+    """make_optimizer's optimizer, for learner_of."""
+    settings = config(warmup_ratio=0.0)
+    return lambda policy: cppo.make_optimizer(policy, learning_rate, 8, settings)[0]
 
 
-def gradients_of_update(rows, ddp=False, N=None, **changes) -> list[torch.Tensor]:
+def gradients_of_update(rows, N=12, ddp=False, **changes) -> list[torch.Tensor]:
     """The gradient that update() steps along, with a reference that is not the policy."""
-    model, reference = tiny("Llama"), tiny("Llama")
+    reference = tiny("Llama")
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(1.1)
-    before = [p.detach().clone() for p in model.parameters()]
-    policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
+    learner = learner_of(tiny("Llama"), reference=reference, ddp=ddp)
+    before = [p.detach().clone() for p in learner.model.parameters()]
     settings = config(num_iterations=1, max_grad_norm=1e9, **changes)
-    cppo.update(plain_sgd(policy, reference), rows, N or len(rows), settings)
-    return [a - b.detach() for a, b in zip(before, model.parameters(), strict=True)]
-
-
-def metrics_of(kept, sampled, settings, means=None, rounds=1) -> dict:
-    return cppo.step_metrics(kept, sampled, rounds, means or Counter(), settings)
+    cppo.update(learner, rows, N, settings)
+    return [a - b.detach() for a, b in zip(before, learner.model.parameters(), strict=True)]
 
 
 def close(got: torch.Tensor, want, lesson: str):
@@ -197,14 +195,14 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
     ("flags", "names"),
     [
         *[([f"--{f.name}", str(int(float(f.metadata["metavar"][1:].split(",")[0])) - 1)],
-           f"--{f.name} must be in") for f in fields(Config) if f.metadata["metavar"]],
+           f"--{f.name} must be in") for f in fields(Config) if f.metadata.get("metavar")],
         (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "nan"], "--pruning_rate"),
         (["--batch_size", "x"], "--batch_size"), (["--prune_by", "luck"], "--prune_by"),
         (["--prun", "0.5"], "--prun"), (["--task", "poetry"], "--task"), (["hello"], "hello"),
         (["--sample_batch", "15"], "--sample_batch must be at least"),
         (["--eval_samples", "1025"], "--sample_batch must be at least"),
-        (["--batch_size", "25"], "must be a multiple of 2, ranks x k, such as 24 or 26"),
-        (["--pruning_rate", "0", "--batch_size", "4"], "such as 16 or 32"),
+        (["--batch_size", "25"], "--batch_size 25 must be a multiple of 2, ranks x k, such as 24"),
+        (["--pruning_rate", "0", "--batch_size", "24"], "of 16, ranks x k, such as 16 or 32"),
         (["--eval_only", "--eval_questions", "0"], "--eval_only"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task arithmetic makes its own"),
         (["--model", "no/such/folder"], "--model no/such/folder"),
@@ -245,14 +243,12 @@ def test_no_memory_no_disk_and_ctrl_c_are_one_line_and_a_bug_a_traceback(monkeyp
         assert code == status and says in printed and (printed.count("\n") == 1) == (status > 1)
 
 
-def test_a_batch_is_whole_questions_on_every_rank_and_no_more_ranks_than_gpus(monkeypatch):
+def test_ranks_x_k_divide_the_batch_and_there_are_no_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(cppo, "WORLD_SIZE", 8)
     assert config(batch_size=128).batch_size == 128
-    assert [config(pruning_rate=P).batch_size for P in (0.9375, 0.875, 0.5)] == [16, 16, 64]
-    assert Config(task="gsm8k", group_size=14, pruning_rate=0.5).batch_size == 112  # not 128
-    with pytest.raises(
-        UserError, match="--batch_size 100 must be a multiple of 16, ranks x k, suc"
-    ):
+    assert config(group_size=6, pruning_rate=0.5).batch_size == 24  # a default is rounded
+    assert config(group_size=5, pruning_rate=0.8).batch_size == 16
+    with pytest.raises(UserError, match="multiple of 16, ranks x k, such as 96 or 112"):
         config(batch_size=100)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -271,15 +267,18 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
     model = tiny(family)
     torch.manual_seed(0)
     rows = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids)  # 0 also pads
-    assert all(row.truncated == (row.token_ids[-1] not in eos_ids) for row in rows)
+    assert [row.prompt_ids for row in rows] == [p for p in PROMPTS for _ in range(6)]
     assert len({len(row.token_ids) for row in rows}) > 2  # rows did finish early
     batch = cppo.make_batch(rows)
     with torch.no_grad():
         log_probs = cppo.token_log_probs(model, batch, temperature)
         ratio = torch.exp(log_probs - batch.sampled_log_probs)
     torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=5e-5)
-    for i, row in enumerate(rows):  # and both agree with a forward pass of the row alone
+    for i, row in enumerate(rows):
+        *before, last = row.token_ids
+        assert row.truncated == (last not in eos_ids) and not {*before} & {*eos_ids}
         alone = naive_log_probs(model, row, temperature)
+        # both agree with a forward pass of the row alone
         torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
 
 
@@ -292,18 +291,16 @@ def test_completions_come_question_major_scored_by_their_own_question_in_any_chu
     def teach(_model, prompts, group_size, *_):  # right, right but not in form, cut off
         calls.append(len(prompts) * group_size)
         texts = [text for p in prompts for text in (right[*p,], right[*p,][10:], "9")]
-        ids = [[*tokenizer(text).input_ids, 1] for text in texts]
-        return [
-            Completion(prompts[i // 3], x[:-1] if i % 3 == 2 else x, truncated=i % 3 == 2)
-            for i, x in enumerate(ids)
-        ]
+        rows = [Completion([], [*tokenizer(text).input_ids, 1]) for text in texts]
+        for row in rows[2::3]:
+            row.token_ids, row.truncated = row.token_ids[:-1], True
+        return rows
 
     monkeypatch.setattr(cppo, "sample_completions", teach)
     for sample_batch in (1024, 7, 3):
         settings = config(sample_batch=sample_batch, group_size=3)
         completions = cppo.rollout(model, tokenizer, questions, settings, 3, 1.0)
-        prompts = [q.prompt_ids for q in questions for _ in range(3)]
-        assert [c.prompt_ids for c in completions] == prompts
+        assert [c.answer for c in completions] == [q.answer for q in questions for _ in range(3)]
         assert [(c.reward, c.truncated) for c in completions] == [(3, 0), (2, 0), (0, 1)] * 4
     assert calls == [12, 6, 6, 3, 3, 3, 3]
 
@@ -423,22 +420,19 @@ def kept(advantages, k, **options):
     return [row.nonzero()[:, 0].tolist() for row in mask]
 
 
-def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question():
+def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_of_equal_ones_the_first():
     advantages = [[0.1, -2.0, 1.0, 0.9], [0.01, 0.02, -0.03, 0.0]]
     got = kept(advantages, 2)
     assert [len(group) for group in got] == [2, 2], "each question keeps k: none is crowded out"
     assert got == [[1, 2], [1, 2]], "the largest |A|, not A: the worst teach as much as the best"
     assert kept(advantages, 4) == [[0, 1, 2, 3]] * 2, "with gamma 0 all k stay, also where A = 0"
-
-
-def test_pruning_breaks_ties_to_the_lowest_index():
     lesson = "exactly k stay, and of equal ones the first: the same on every machine"
     assert kept([[1.0, -1.0, 1.0, -1.0]], 2) == [[0, 1]], lesson
     assert kept([[0.5, -1.0, 1.0, 0.5]], 3) == [[0, 1, 2]], lesson
     assert kept([[0.0] * 40], 3) == [[0, 1, 2]], lesson
 
 
-def test_pruning_by_each_of_the_four_criteria():
+def test_pruning_by_each_of_the_four_criteria_and_with_gamma_keeps_none_below_it():
     advantages = [[0.1, -2.0, 1.0, -0.9]]
     torch.manual_seed(0)
     assert kept(advantages, 2, by="abs_advantage") == [[1, 2]]
@@ -446,9 +440,6 @@ def test_pruning_by_each_of_the_four_criteria():
     assert kept(advantages, 2, by="smallest") == [[0, 3]]
     seen = Counter(i for _ in range(600) for i in kept(advantages, 2, by="random")[0])
     assert all(240 < seen[i] < 360 for i in range(4))  # each half of the time: 5 sigma
-
-
-def test_pruning_with_gamma_keeps_at_most_k_and_none_below_it():
     advantages = [[0.1, -2.0, 1.0, 0.9], [0.0, 0.0, 0.0, 0.0]]
     assert kept(advantages, 3, gamma=0.95) == [[1, 2], []]
     assert kept(advantages, 3, gamma=1.0) == [[1, 2], []], "|A| >= gamma stays, equal ones too"
@@ -464,7 +455,7 @@ def fake_draw(rewards_of, calls=None):
     def draw(questions):
         (calls if calls is not None else []).append(len(questions))
         rewards = [r for _ in questions for r in rewards_of(next(asked))]
-        return [Completion([1], [2, 3], [0.0, 0.0], accuracy_reward=float(r)) for r in rewards]
+        return [Completion([1], [2, 3], [-1.0, -0.5], accuracy_reward=float(r)) for r in rewards]
 
     return draw
 
@@ -489,6 +480,16 @@ def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times
         assert row.advantage == pytest.approx(A, abs=1e-6), lesson
 
 
+def test_refill_leaves_fewer_than_k_rows_empty_rather_than_split_a_question():
+    # Where gamma drops one of the k = 2 there is room for a row, but for no further question.
+    calls, settings = [], config(group_size=4, pruning_rate=0.5, gamma=0.8)
+    draw = fake_draw(lambda i: [0, 3, 3, 0] if i else [0, 0, 0, 3], calls)  # |A| 0.87; 0.5 and 1.5
+    rows, *_ = cppo.collect_batch(draw, stream(), 8, settings)
+    assert len(rows) <= 8, "never more rows than there is room"
+    lesson = "fewer than k rows stay empty, rather than split a question"
+    assert calls == [4] and len(rows) == 7, lesson
+
+
 def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most():
     calls = []
     draw = fake_draw(lambda i: [0, 0, 0, 3] if i % 2 else [1, 1, 1, 1], calls)
@@ -503,14 +504,6 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_
     rows, *_ = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10, calls), stream(), 10, settings)
     assert rows == [], "compute advantages in float64: the mean of 1.1s is not 1.1 in float32"
     assert calls == [2] * 4
-
-
-def test_refill_with_gamma_leaves_room_that_is_less_than_k_empty():
-    calls = []
-    draw = fake_draw(lambda i: [0, 0, 0, 3] if i else [1, 1, 1, 3], calls)
-    settings = config(group_size=4, pruning_rate=0.5, gamma=1.2)  # of each group one is left
-    rows, *_ = cppo.collect_batch(draw, stream(), 4, settings)
-    assert calls == [2, 1] and len(rows) == 3, "a question that has no room for k is not asked"
 
 
 # --- Log-probabilities ----------------------------------------------------------------------------
@@ -598,42 +591,48 @@ def test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_com
 @grades("advantages", "pruning", "masks", "loss", "refill")
 def test_update_of_unpruned_groups_equals_a_naive_grpo():
     """P = 0 is GRPO: two groups of 4, one completion at a time, an old policy of its own."""
-    model, eos = tiny("Qwen2"), [1]
+    model = tiny("Qwen2")
     settings = config(group_size=4, pruning_rate=0.0, max_grad_norm=0.5, temperature=0.9,
                       tokens_per_microbatch=20)  # fmt: skip
     torch.manual_seed(3)
-    sampled = cppo.sample_completions(model, PROMPTS[:2], 4, 8, 0.9, eos)
+    completions = cppo.sample_completions(model, PROMPTS[:2], 4, 8, 0.9, [1])
     rewards = [[3.0, 1.0, 0.0, 1.0], [0.0, 2.5, 2.5, 0.0]]
-    for i, c in enumerate(sampled):
-        c.accuracy_reward = rewards[i // 4][i % 4]
-    rows, *_ = cppo.collect_batch(lambda _: sampled, stream(), 8, settings)
+    for c, reward in zip(completions, itertools.chain(*rewards), strict=True):
+        c.accuracy_reward = reward
+        c.log_probs = [x + 0.5 for x in c.log_probs]  # the loss does not ask the sampler for them
+    rows, *_ = cppo.collect_batch(lambda _: completions, stream(), 8, settings)
     ours, reference = copy.deepcopy(model), tiny("Llama")
-    cppo.update(plain_sgd(ours, reference), rows, 8, settings)
+    means = cppo.update(learner_of(ours, reference=reference), rows, 8, settings)
 
     naive, old = copy.deepcopy(model), copy.deepcopy(model)
-    optimizer = plain_sgd(naive).optimizer
+    optimizer = torch.optim.SGD(naive.parameters(), lr=1.0)
+    sums = Counter()
     for _ in range(2):
         loss = 0.0
         for group in range(2):
             r = torch.tensor(rewards[group])
             A = (r - r.mean()) / (r.std() + 1e-4)
             for i in range(4):
-                row = sampled[group * 4 + i]
+                row = completions[group * 4 + i]
                 with torch.no_grad():
                     lp_old, lp_ref = (naive_log_probs(m, row, 0.9) for m in (old, reference))
                 lp = naive_log_probs(naive, row, 0.9)
-                for t in range(len(row.token_ids)):
-                    rho = torch.exp(lp[t] - lp_old[t])
-                    kl = torch.exp(lp_ref[t] - lp[t]) - (lp_ref[t] - lp[t]) - 1
-                    term = torch.min(rho * A[i], rho.clamp(0.8, 1.2) * A[i]) - 0.04 * kl
-                    loss = loss - term / len(row.token_ids) / 4 / 2
+                rho = torch.exp(lp - lp_old)
+                kl = torch.exp(lp_ref - lp) - (lp_ref - lp) - 1
+                terms = torch.min(rho * A[i], rho.clamp(0.8, 1.2) * A[i]) - 0.04 * kl
+                loss = loss - terms.sum() / len(row.token_ids) / 4 / 2
+                sums["kl"] += (kl.sum() / len(row.token_ids)).item()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(naive.parameters(), 0.5)
+        sums["loss"] += 8 * loss.item()
+        sums["grad_norm"] += torch.nn.utils.clip_grad_norm_(naive.parameters(), 0.5).item()
         optimizer.step()
         optimizer.zero_grad()
     for a, b, start in zip(ours.parameters(), naive.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert (a - start).abs().max() > 1e-3  # both have moved
+    for name in sums:  # of 8 completions, as a mean over 2 iterations
+        assert means[name] == pytest.approx(sums[name] / 2, rel=1e-4), name
+    assert means["sampling_gap"] == pytest.approx(8 * 0.5, abs=1e-3)
 
 
 def test_the_readmes_group_worked_by_hand():
@@ -660,11 +659,9 @@ def test_the_readmes_reading_order_names_sections_and_functions_of_cppo_py():
     named = re.findall(r"\*\*(.*?)\*\*", readme.split("## Reading the code")[1].split("\n## ")[0])
     assert len(named) > 8
     assert all(f"\n# --- {name}" in code for name in named)
-    parts = (
-        readme.split("## The algorithm")[1].split("```")[0],
-        readme.split("## Reading the code")[1],
-    )
-    for name in re.findall(r"`([a-z]+_\w+)`[.,:]", parts[0] + parts[1].split("## Questions")[0]):
+    algorithm = readme.split("## The algorithm")[1].split("```")[0]
+    order = readme.split("## Reading the code")[1].split("\n## ")[0]
+    for name in re.findall(r"`([a-z]+_[a-z_]+)`", algorithm + order):
         assert re.search(rf"^(def|class) {name}\b", code, re.M), name
 
 
@@ -672,92 +669,78 @@ def test_a_steps_numbers_by_hand():
     settings = config(group_size=4, pruning_rate=0.75)
     draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
     rows, sampled, rounds = cppo.collect_batch(draw, stream(), 2, settings)
-    for c in sampled:
-        c.log_probs = [-0.5, -0.25]
-    metrics = metrics_of(rows, sampled, settings, Counter(loss=4.0, grad_norm=7.0), rounds)
+    means = Counter(loss=4.0, kl=1.0, clip_fraction=0.5, sampling_gap=0.25, grad_norm=3.0)
+    metrics = cppo.step_metrics(rows, sampled, rounds, means, settings)
     # the lone 2: mean 1/2, std 1, |A| = 1.5, the rest 0.5; the group of equal rewards has A = 0
     assert metrics == {
         "questions": 2, "sampled": 8, "kept": 2, "dead_groups": 1,
         "refill_rounds": 1, "sampled_tokens": 16, "trained_tokens": 4,
         "reward": 10 / 8, "accuracy": 5 / 8, "format": 0, "truncated": 0, "completion_tokens": 2,
-        "abs_advantage_kept": pytest.approx(1.5 / 2, abs=1e-3), "loss": 4 / 2, "grad_norm": 7,
-        "kl": 0, "clip_fraction": 0, "sampling_gap": 0, "entropy": 0.75 / 2,  # a token's
+        "abs_advantage_kept": pytest.approx(1.5 / 2, abs=1e-3), "loss": 4 / 2, "kl": 1 / 2,
+        "clip_fraction": 0.5 / 2, "sampling_gap": 0.25 / 2, "grad_norm": 3, "entropy": 0.75,
     }  # fmt: skip
-    nothing = metrics_of([], sampled, settings)
+    nothing = cppo.step_metrics([], sampled, 4, Counter(grad_norm=0.0), settings)
     assert nothing["loss"] is nothing["abs_advantage_kept"] is nothing["grad_norm"] is None
-
-
-def test_update_reports_means_over_completions_and_iterations():
-    rows, model = some_rows(6), tiny("Llama")
-    for row in rows:
-        row.log_probs = (naive_log_probs(model, row, 1.0).detach() + 0.5).tolist()
-    settings = config(tokens_per_microbatch=30, warmup_ratio=0.0, group_size=6)
-    learner = adamw(model, 1e-9, 4, settings)  # weights as good as fixed
-    sums = cppo.update(learner, rows, 6, settings)
-    metrics = metrics_of(rows, rows, settings, sums)
-    # ratio 1 and KL 0: each completion's loss is -A
-    assert metrics["loss"] == pytest.approx(-sum(r.advantage for r in rows) / 6, abs=1e-5)
-    assert metrics["kl"] == pytest.approx(0, abs=1e-6) and metrics["clip_fraction"] == 0
-    assert metrics["sampling_gap"] == pytest.approx(0.5, abs=1e-5)
-    gradient = torch.cat([g.flatten() for g in gradients_of_update(rows, beta=0.0)])
-    assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
 
 
 SPLITS = 5, 12, 1  # of 12 rows, so many are the first rank's
 
 
-def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(tmp_path):
-    result = run("--worker", tmp_path, ranks=2, script=[__file__])
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """What each of two ranks has written in worker()."""
+    folder = tmp_path_factory.mktemp("ranks")
+    result = run("--worker", folder, ranks=2, script=[__file__])
     assert result.returncode == 0, result.stderr
-    for first in SPLITS:
-        two_ranks = torch.load(tmp_path / f"{first}.pt", weights_only=True)
-        for a, b in zip(gradients_of_update(some_rows(12)), two_ranks, strict=True):
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(two_ranks):
+    want = gradients_of_update(some_rows(12))
+    for got in itertools.chain(*(rank["gradients"] for rank in two_ranks)):
+        for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    # ZeRO: each rank holds about half of AdamW's moments, and moves the weights bit for bit alike.
-    ranks = [torch.load(tmp_path / f"zero{i}.pt", weights_only=True) for i in (0, 1)]
-    total = 2 * sum(p.numel() for p in tiny("Llama").parameters())
-    assert all(0.4 * total < rank["held"] < 0.6 * total for rank in ranks)
-    for rank in ranks:
-        sharded, plain = rank["weights"]
-        assert all(torch.equal(a, b) for a, b in zip(sharded, plain, strict=True))
 
 
-def gradient_worker(folder: str):
+def test_two_ranks_with_half_of_adamws_state_each_step_as_if_both_had_all_bit_for_bit(two_ranks):
+    start = [*tiny("Llama").parameters()]
+    size = 2 * sum(p.numel() for p in start)  # of AdamW's two moments
+    for p, *moved in zip(start, *(w for rank in two_ranks for w in rank["weights"]), strict=True):
+        assert all(torch.equal(moved[0], x) for x in moved) and not torch.equal(p, moved[0])
+    (ours, all_1), (other, all_2) = (rank["held"] for rank in two_ranks)
+    assert all_1 == all_2 == size == ours + other and 0.45 * size < ours < 0.55 * size
+
+
+def worker(folder: str):
     """One of two ranks: its share of the rows, in micro-batches of its own size."""
     cppo.init_distributed()
-    rank = cppo.RANK
+    own = {"tokens_per_microbatch": 15 + 20 * cppo.RANK}
+    found = {"gradients": [], "weights": [], "held": []}
     for first in SPLITS:
-        rows = some_rows(12)[:first] if rank == 0 else some_rows(12)[first:]
-        moved = gradients_of_update(rows, ddp=True, N=12, tokens_per_microbatch=15 + 20 * rank)
-        if rank == 0:
-            torch.save(moved, Path(folder, f"{first}.pt"))
-    settings, weights = config(warmup_ratio=0.0), []
-    for sharded in (True, False):
-        model = tiny("Llama")
-        learner = adamw(model, 1e-3, 4, settings)
-        if not sharded:
-            learner.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
-            learner.scheduler.optimizer = learner.optimizer
-            learner.optimizer.param_groups[0]["lr"] = 1e-3
-        learner.policy = cppo.DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-        cppo.update(learner, some_rows(12)[rank::2], 12, replace(settings, num_iterations=1))
-        weights.append([p.detach().clone() for p in model.parameters()])
-        if sharded:
-            moments = learner.optimizer.optim.state.values()
-            held = sum(x.numel() for m in moments for x in m.values())
-    torch.save({"weights": weights, "held": held}, Path(folder, f"zero{rank}.pt"))
+        rows = [some_rows(12)[:first], some_rows(12)[first:]][cppo.RANK]
+        found["gradients"].append(gradients_of_update(rows, ddp=True, **own))
+    for is_zero in (True, False):
+        learner = learner_of(tiny("Llama"), adamw(1e-2), tiny("Llama"), ddp=True)
+        if not is_zero:
+            plain = torch.optim.AdamW(learner.policy.parameters(), 1e-2, weight_decay=0, fused=True)
+            learner.optimizer = plain
+        for _ in range(2):
+            cppo.update(learner, some_rows(12)[cppo.RANK :: 2], 12, config(**own))
+        found["weights"].append([p.detach() for p in learner.model.parameters()])
+        state = getattr(learner.optimizer, "optim", learner.optimizer).state.values()
+        found["held"].append(sum(x.numel() for s in state for x in s.values() if x.ndim))
+    torch.save(found, Path(folder, f"{cppo.RANK}.pt"))
     os._exit(0)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])  # with two there are gradients of 0, with one none
 def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, monkeypatch):
-    model, settings = tiny("Llama"), config(warmup_ratio=0.0)
-    learner = adamw(model, 1e-2, 8, settings)
+    learner = learner_of(tiny("Llama"), adamw(1e-2), tiny("Llama"))
     monkeypatch.setattr(cppo, "WORLD_SIZE", ranks)
-    cppo.update(learner, some_rows(4), 4, settings)
-    before = copy.deepcopy(model.state_dict())
-    assert set(cppo.update(learner, [], 0, settings).values()) == {0}
-    assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+    cppo.update(learner, some_rows(4), 4, config())
+    before = copy.deepcopy(learner.model.state_dict())
+    assert {*cppo.update(learner, [], 0, config()).values()} == {0}
+    assert all(torch.equal(before[name], x) for name, x in learner.model.state_dict().items())
     assert learner.scheduler.last_epoch == 4  # the schedule goes on
 
 
@@ -765,9 +748,9 @@ def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, 
 def test_a_learning_rate_of_1e_6_moves_float32_masters_and_would_not_move_bfloat16_weights():
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model, settings = tiny("Llama").to(dtype), config(beta=0.0, warmup_ratio=0.0)
+        model = tiny("Llama").to(dtype)
         before = copy.deepcopy(model)
-        cppo.update(adamw(model, 1e-6, 2, settings), some_rows(12), 12, settings)
+        cppo.update(learner_of(model, adamw(1e-6)), some_rows(12), 12, config(beta=0.0))
         pairs = list(zip(model.parameters(), before.parameters(), strict=True))
         changed = sum((a != b).sum().item() for a, b in pairs)
         moved[dtype] = changed / sum(a.numel() for a, _ in pairs)
@@ -910,12 +893,14 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
 
 def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another_order(monkeypatch):
     monkeypatch.setattr(cppo, "WORLD_SIZE", 3)
-    first, second = [], []
-    for rank, n in enumerate((4, 3, 3)):  # 10 cards, 3 players
-        monkeypatch.setattr(cppo, "RANK", rank)
-        share = cppo.question_stream(range(10), 42)
-        first += itertools.islice(share, n)
-        second += itertools.islice(share, n)
+    streams = [cppo.question_stream(range(10), 42) for _ in range(3)]
+
+    def epoch():  # 10 cards, 3 players
+        for rank, n in enumerate((4, 3, 3)):
+            monkeypatch.setattr(cppo, "RANK", rank)
+            yield from itertools.islice(streams[rank], n)
+
+    first, second = [*epoch()], [*epoch()]
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
 
 
@@ -924,22 +909,19 @@ def test_a_model_folder_must_be_whole_and_all_of_its_eos_tokens_count(tmp_path, 
     for i, missing in enumerate(("model.safetensors", "tokenizer*", "config.json")):
         for file in save_tiny_model(tmp_path / str(i)).glob(missing):
             file.unlink()
-        with pytest.raises(UserError, match="blamed: "):
-            cppo.load_model_and_tokenizer(str(tmp_path / str(i)), "blamed")
+        with pytest.raises(UserError, match=r"^this is to blame: ."):
+            cppo.load_model_and_tokenizer(tmp_path / str(i), "this is to blame")
     folder = save_tiny_model(tmp_path)
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
-        settings = {
-            "eos_token_id": ids,
-            "temperature": 0.6,
-        }  # without do_sample: some are like that
+        settings = {"eos_token_id": ids, "temperature": 0.6}  # some are like that
         (folder / "generation_config.json").write_text(json.dumps(settings))
-        model, tokenizer = cppo.load_model_and_tokenizer(str(folder), "")
+        model, tokenizer = cppo.load_model_and_tokenizer(folder, "")
         assert model.generation_config.eos_token_id == want and not model.training
         model.save_pretrained(tmp_path / "saved")
     tokenizer.eos_token = None
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
     with pytest.raises(UserError, match="no EOS token"):
-        cppo.load_model_and_tokenizer(str(folder), "")
+        cppo.load_model_and_tokenizer(folder, "")
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -959,9 +941,9 @@ def test_evaluation_scores_every_question_once_and_averages_over_the_samples(mon
     for rank in range(3):
         monkeypatch.setattr(cppo, "RANK", rank)
         cppo.evaluate(None, None, test, config())
+    assert [call[0] for call in calls] == [37, 37, 13, 12, 12]
     greedy, papers = (1, 0.0, 1.0), (4, 0.6, 0.95)
-    sizes = (37, *greedy), (37, *papers), (13, *greedy), (12, *greedy), (12, *greedy)
-    assert [call[:4] for call in calls] == [*sizes]
+    assert [call[1:4] for call in calls] == [greedy, papers, greedy, greedy, greedy]
     assert calls[0][4] == calls[2][4] != calls[3][4]  # each evaluation draws its rank's numbers
 
 
@@ -969,14 +951,13 @@ def test_evaluation_scores_every_question_once_and_averages_over_the_samples(mon
 def save(folder: Path, step: int, **changes):
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     model, tokenizer = cppo.tiny_model_and_tokenizer()
-    settings = config(**changes)
-    state = {"step": step, "asked": [8 * step], "seconds": 0.0, "questions_hash": "",
-             "config": asdict(settings)}  # fmt: skip
-    cppo.save_checkpoint(folder, adamw(model, 0.1, 1, settings), tokenizer, state)
+    state = {"step": step, "asked": [8 * step], "seconds": 0.0, "questions_hash": ""}
+    state["config"] = asdict(config(**changes))
+    cppo.save_checkpoint(folder, learner_of(model), tokenizer, state)
 
 
-def resumed(folder: Path, **changes):
-    return cppo.load_state(config(resume=True, **{"output_dir": str(folder)} | changes))
+def resumed(folder: Path, **changes) -> tuple[Path | None, dict]:
+    return cppo.load_state(config(**{"resume": True, "output_dir": str(folder)} | changes))
 
 
 def test_checkpoint_0_and_the_newest_two_stay_and_resume_wants_the_same_settings(
@@ -989,14 +970,13 @@ def test_checkpoint_0_and_the_newest_two_stay_and_resume_wants_the_same_settings
     path, state = resumed(tmp_path, save_every=7, eval_every=3, sample_batch=99)
     assert state["step"] == 10 and path == tmp_path / "checkpoint-10"
     assert (path / "metrics.jsonl").read_text() == '{"step": 10}\n'
-    for anew in resumed(tmp_path / "nothing"), cppo.load_state(config(output_dir=str(tmp_path))):
-        assert anew[0] is None and anew[1]["step"] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(cppo, "WORLD_SIZE", 2)
-        with pytest.raises(UserError, match="--resume: ranks was 1 in that run and is now 2"):
-            resumed(tmp_path)
+    for path, state in resumed(tmp_path / "nothing"), resumed(tmp_path, resume=False):
+        assert path is None and state["step"] == 0 and state["asked"] == [0]
     with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
         resumed(tmp_path, beta=0.0)
+    monkeypatch.setattr(cppo, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="--resume: ranks was 1 in that run and is now 2"):
+        resumed(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["torch.save", "shutil.copy", "Path.rename", "full disk"])
@@ -1009,12 +989,10 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeyp
         patch.setattr(getattr(cppo, owner), name, lambda *_: (_ for _ in ()).throw(error))
         save(tmp_path, 3)
     if where == "full disk":
-        assert "checkpoint-3 cannot be written, the one before it stays: [Errno 28]" in str(
-            stop.value
-        )
+        assert "-3 cannot be written, the one before it stays: [Errno 28]" in str(stop.value)
     path, state = resumed(tmp_path)
     assert state["step"] == 2
-    cppo.load_model_and_tokenizer(str(path), "")
+    cppo.load_model_and_tokenizer(path, "")
     save(tmp_path, 3)
     assert resumed(tmp_path)[1]["step"] == 3 and not any(tmp_path.glob("*.tmp"))
 
@@ -1028,7 +1006,7 @@ def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_p
     hostile = (tmp_path / "hostile").read_bytes()  # whole, but for a call in its pickle
     for content in (b"", file.read_bytes()[:100], hostile):
         file.write_bytes(content)
-        with pytest.raises(UserError, match=r"trainer_state\.pt cannot be read; delete that"):
+        with pytest.raises(UserError, match=r"-2/\w+\.pt cannot be read; delete that checkpoint"):
             resumed(tmp_path)
     assert not (tmp_path / "hacked").exists()
 
@@ -1072,29 +1050,25 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
     with pytest.raises(UserError, match="step 2: lower --learning_rate in a new run: the grad"):
         cppo.train(config(output_dir=str(tmp_path), steps=3, save_every=1, **SHORT))
     assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1]
-    cppo.load_model_and_tokenizer(str(tmp_path / "checkpoint-1"), "")
-    real_log_probs = cppo.token_log_probs
-    monkeypatch.setattr(cppo, "check_sampler", lambda *_: None)
-    monkeypatch.setattr(cppo, "token_log_probs", lambda *a: real_log_probs(*a) * math.nan)
+    cppo.load_model_and_tokenizer(tmp_path / "checkpoint-1", "")
+    log_probs = cppo.policy_log_probs
+    monkeypatch.setattr(cppo, "policy_log_probs", lambda *a: log_probs(*a) * math.nan)
     with pytest.raises(UserError, match="lower --warm_start_learning_rate"):
         cppo.train(config(output_dir=str(tmp_path / "run"), **SHORT | dict(warm_start_steps=2)))
 
 
-def test_the_warm_start_steps_along_the_mean_over_all_tokens_of_minus_log_pi(monkeypatch):
+def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None, "")
     questions = cppo.encode_prompts(cppo.arithmetic_questions(None, "train")[:32], tokenizer)
     start, naive = copy.deepcopy(model), copy.deepcopy(model)
-    sgd = lambda policy, *_: (plain_sgd(policy).optimizer, plain_sgd(policy).scheduler)  # noqa: E731
-    monkeypatch.setattr(cppo, "make_optimizer", sgd)
+    learner = learner_of(model)
+    monkeypatch.setattr(cppo, "make_optimizer", lambda *_: (learner.optimizer, learner.scheduler))
     settings = config(warm_start_steps=1, max_grad_norm=1e9)
     cppo.warm_start(model, model, tokenizer, iter(questions), settings)
-    rows = [
-        Completion(q.prompt_ids, [*tokenizer(q.demonstration).input_ids, tokenizer.eos_token_id])
-        for q in questions
-    ]
-    total = sum(len(row.token_ids) for row in rows)
-    for row in rows:
-        (-naive_log_probs(naive, row, 1.0).sum() / total).backward()
+    taught = [[*tokenizer(q.demonstration).input_ids, tokenizer.eos_token_id] for q in questions]
+    for question, ids in zip(questions, taught, strict=True):
+        row = Completion(question.prompt_ids, ids)
+        (-naive_log_probs(naive, row, 1.0).sum() / len([*itertools.chain(*taught)])).backward()
     for a, b, q in zip(*(m.parameters() for m in (start, model, naive)), strict=True):
         torch.testing.assert_close(a - b, q.grad, rtol=1e-4, atol=1e-5)
 
@@ -1371,10 +1345,6 @@ def top(score: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(k).indices, True)
 
 
-def prune_the_batch(advantages, k, gamma=0.0, by=""):
-    return top(advantages.abs().flatten(), k * len(advantages)).view_as(advantages)
-
-
 def wrong_loss(fault: str):
     def loss(log_probs, old, ref, advantages, mask, eps, beta, eps_high=None):
         low, high = (eps_high, eps) if fault == "swapped" else (eps, eps_high or eps)
@@ -1388,9 +1358,9 @@ def wrong_loss(fault: str):
         kl = kl.detach() if fault == "no KL gradient" else kl
         losses = -(term - beta * kl) * mask * (-1 if fault == "sign" else 1)
         size = torch.full((len(mask),), mask.shape[1]) if fault == "padding" else mask.sum(1)
-        losses = losses.sum(1) / (size if fault != "all tokens" else mask.sum() / len(mask))
         held = ((clipped < unclipped) * mask).sum(1) / mask.sum(1)
-        return losses, {"kl": ((kl * mask).sum(1) / mask.sum(1)).detach(), "clip_fraction": held}
+        kl = ((kl * mask).sum(1) / mask.sum(1)).detach()
+        return losses.sum(1) / size, {"kl": kl, "clip_fraction": held}
 
     return loss
 
@@ -1398,16 +1368,16 @@ def wrong_loss(fault: str):
 def wrong_batch(fault: str):
     def make_batch(rows, device="cpu"):
         batch = RIGHT["make_batch"](rows, device)
-        for i, row in enumerate(rows):
-            n = len(row.token_ids)
-            if fault == "EOS":
-                batch.mask[i, n - 1] = False
-            elif fault == "value":
-                batch.mask[i, :n] = torch.tensor(row.token_ids) != 0
+        for row, mask, predicts in zip(rows, batch.mask, batch.predicts, strict=True):
+            ids = torch.tensor(row.token_ids)
+            if fault == "shift":
+                predicts.copy_(predicts.roll(1))
             elif fault == "padding":
-                batch.mask[i] = True
+                mask[:] = True
+            elif fault == "value":
+                mask[: len(ids)] = ids != 0
             else:
-                batch.predicts[i] = batch.predicts[i].roll(1)
+                mask[len(ids) - 1] = False
         return batch
 
     return make_batch
@@ -1416,9 +1386,9 @@ def wrong_batch(fault: str):
 def wrong_refill(fault: str):
     def collect_batch(draw, stream, room, config):
         G, k, rows, sampled, rounds = config.group_size, config.num_kept, [], [], 0
-        while room - len(rows) >= k and rounds < (1 if fault == "one round" else 4):
-            free = room - len(rows)
-            Q = room // G if fault == "GRPO" else free // k + (fault == "overfull")
+        partial = fault in ("overfull", "split")  # a question for a room of fewer than k
+        while room - len(rows) >= (1 if partial else k) and rounds < 4 - 3 * (fault == "one round"):
+            Q = room // G if fault == "GRPO" else (room - len(rows) + (k - 1) * partial) // k
             group = draw(list(itertools.islice(stream, Q)))
             A = cppo.group_advantages(torch.tensor([c.reward for c in group]).double().view(-1, G))
             mask = cppo.prune(A, k, config.gamma, config.prune_by)
@@ -1432,7 +1402,7 @@ def wrong_refill(fault: str):
                 for c, a in zip(new, cppo.group_advantages(rewards).flatten(), strict=True):
                     c.advantage = float(a)
             rows, sampled, rounds = rows + new, sampled + group, rounds + 1
-        return rows, sampled, rounds
+        return (rows if fault == "overfull" else rows[:room]), sampled, rounds
 
     return collect_batch
 
@@ -1463,8 +1433,9 @@ MISTAKES = {  # function: plausible mistakes in it, and what its graders must sa
     ],
     "prune": [
         (lambda a, k, gamma=0.0, by="": top(a, k), "not A: the worst teach as much"),
-        (prune_the_batch, "each question keeps k"),
+        (lambda a, k, gamma=0.0, by="": top(a.abs().flatten(), k * len(a)).view_as(a), "keeps k"),
         (lambda a, k, gamma=0.0, by="": RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
+        (lambda a, k, gamma=0.0, by="": RIGHT["prune"](a, k, max(gamma, 1e-9)), "also where A = 0"),
     ],
     "make_batch": [
         (wrong_batch("EOS"), "EOS is trained"), (wrong_batch("value"), "EOS is trained"),
@@ -1476,10 +1447,11 @@ MISTAKES = {  # function: plausible mistakes in it, and what its graders must sa
         (wrong_loss("no KL gradient"), "its gradient flows through"),
     ],
     "collect_batch": [
-        (wrong_refill("GRPO"), "takes 4 questions"), (wrong_refill("overfull"), "and none more"),
+        (wrong_refill("GRPO"), "takes 4 questions"), (wrong_refill("overfull"), "never more rows"),
         (wrong_refill("kept only"), "before any is pruned"),
         (wrong_refill("unpaired"), "stays with its completion"),
         (wrong_refill("one round"), "round after round"),
+        (wrong_refill("split"), "rather than split a question"),
     ],
     "max_variance": [
         (lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
@@ -1548,9 +1520,9 @@ def test_the_graders_say_what_plausible_mistakes_overlook(function, monkeypatch)
 
 # --- Whole runs, as a user runs them --------------------------------------------------------------
 STEP_KEYS = """
-    step epoch questions sampled kept entropy dead_groups refill_rounds reward accuracy format
+    step epoch questions sampled kept dead_groups refill_rounds reward accuracy format
     completion_tokens truncated sampled_tokens trained_tokens abs_advantage_kept loss kl
-    clip_fraction sampling_gap grad_norm learning_rate sample_seconds train_seconds
+    clip_fraction sampling_gap grad_norm entropy learning_rate sample_seconds train_seconds
     step_seconds""".split()
 
 
@@ -1735,7 +1707,7 @@ def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_pa
     os.kill(ranks[-1], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.count("cppo: arithmetic, 2 rank(s)") == 2
+    assert out.count("cppo: 5 steps, each with 16") == 2
     assert_equal_runs(whole_run(2), folder)
 
 
@@ -1760,6 +1732,6 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
 
 
 if __name__ == "__main__" and sys.argv[1] == "--worker":
-    gradient_worker(*sys.argv[2:])
+    worker(*sys.argv[2:])
 elif __name__ == "__main__" and sys.argv.pop(1) == "--main":  # cppo.py with a student's functions
     cppo.main()
