@@ -302,7 +302,6 @@ class RoomyLayer(DynamicLayer):
 def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_ids, top_p=1.0):
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
     Each ends with an EOS, unless it was cut at `max_tokens`. Temperature 0 is greedy."""
-    Q = len(prompts)
     L = max(map(len, prompts))
     device = model.device
     # Prompts are padded on the left: all end in the last column, where the completions begin.
@@ -324,7 +323,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         ).logits[:, -1]  # (Q, V) of the prompts, then (R, V)  # fmt: skip
         if t == 0:  # each prompt was read once: now every one of its G completions gets a row
-            chosen = torch.arange(Q, device=device).repeat_interleave(group_size)  # (R,)
+            chosen = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # (R,)
             cache.reorder_cache(chosen)
             logits = logits[chosen]
             attention_mask = attention_mask[chosen]
@@ -342,7 +341,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         # The ended ones lose their rows once they are a quarter: each time copies the cache.
         if len(unfinished) <= 0.75 * len(running):
             running = [running[row] for row in unfinished]
-            chosen = torch.tensor(unfinished, device=device)  # (R,)
+            chosen = padded.new_tensor(unfinished)  # (R,)
             cache.reorder_cache(chosen)
             tokens = tokens[chosen]
             attention_mask = attention_mask[chosen]
