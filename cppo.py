@@ -17,7 +17,8 @@ All G are still sampled; what is saved, for each question, comes after:
     CPPO                     G          k            k mu
 
 A step trains N completions, so it asks N / k questions where GRPO asks N / G. That is the refill:
-the room that pruning frees goes to further questions. A step is not shorter, it learns from more.
+the room that pruning frees goes to further questions. A step trains as many rows as GRPO's, samples
+more, and learns from G / k times as many questions.
 
     python cppo.py                          additions, on a laptop, in half a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
@@ -89,7 +90,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-MAX_REFILL_ROUNDS = 4  # of sampling in a step; gamma may leave room in the batch after each
+MAX_REFILL_ROUNDS = 4  # of sampling in a step: more than one only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
 WARM_START_BATCH = 32  # demonstrations a step, on all ranks
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
@@ -439,9 +440,9 @@ def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
 
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
     """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
-    `by` (of equal ones the first), less those with |A| < gamma. With gamma 0 all k stay.
-    |A|, because the gradient is A times that of the log-probability: far below the mean teaches
-    as much as far above it."""
+    `by` (of equal ones the first); of these, those with |A| < gamma go too. With gamma 0 all k
+    stay. |A|, because the gradient is A times that of the log-probability: far below the mean
+    teaches as much as far above it."""
     abs_QG = advantages_QG.abs()
     if by == "random":
         score_QG = torch.rand_like(abs_QG)
@@ -468,7 +469,7 @@ def collect_batch(draw, stream, room: int, config: Config):
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
         Q = (room - len(kept)) // k
         completions = draw(list(itertools.islice(stream, Q)))  # Q G
-        # float64: a mean of rewards such as 0.1 is off by a rounding, which eq. 1 divides by 1e-4
+        # In float64: the mean of a dead group's rewards, 0.1 each, must be 0.1, and A be 0.
         rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)  # (Q G,)
         advantages_QG = group_advantages(rewards.view(Q, G))
         keep_QG = prune(advantages_QG, k, config.gamma, config.prune_by)
@@ -510,7 +511,7 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     C = int(length.max())
     padded = [(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows]
     input_ids = torch.tensor(padded)  # (B, T)
-    next_place = torch.arange(T) + 1 - prompt_length  # (B, T) place of the next token in o_i
+    next_place = torch.arange(T) + 1 - prompt_length  # (B, T) index in o_i of the next token
     predicts = (next_place >= 0) & (next_place < length)  # (B, T)
     mask = torch.arange(C) < length  # (B, C)
     advantages = torch.tensor([r.advantage for r in rows])  # (B,)
@@ -539,8 +540,7 @@ def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
     # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
-    following = batch.input_ids.roll(-1, dims=1)  # (B, T) the next token at each place
-    targets = following[batch.predicts]  # (M,)
+    targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
     log_probs = -F.cross_entropy(logits, targets, reduction="none")  # (M,)
     # Both masks list the completions' tokens row by row, so the M values fall into their places.
     return log_probs.new_zeros(batch.mask.shape).masked_scatter(batch.mask, log_probs)
@@ -635,7 +635,7 @@ def optimizer_step(learner: Learner, N: int, config: Config) -> float:
     if N > 0:  # a step without rows would still move the weights, by AdamW's momentum
         learner.optimizer.step()
     learner.scheduler.step()
-    # DDP's buckets are the gradients' memory: None instead of zeros would make it hold them twice.
+    # With DDP zeros, not None: gradients live in its buckets, and None would allocate them anew.
     learner.optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)
     return norm
 
@@ -686,11 +686,9 @@ def cppo_step(learner: Learner, tokenizer, stream, config: Config):
     refresh(learner.sampler, learner.model)
     end = time.perf_counter()
 
-    metrics = step_metrics(kept, sampled, rounds, means, config)
-    metrics["sample_seconds"] = collected - start
-    metrics["train_seconds"] = end - collected
-    metrics["step_seconds"] = end - start
-    return metrics, sampled
+    seconds = {"sample_seconds": collected - start, "train_seconds": end - collected}
+    seconds["step_seconds"] = end - start
+    return step_metrics(kept, sampled, rounds, means, config) | seconds, sampled
 
 
 # === Part 2: the program ==========================================================================
@@ -962,12 +960,13 @@ def check_sampler(model, prompt_ids: list[int], config: Config):
     """Samples a little: a model whose cache sample_completions does not drive (Mamba's, say) draws
     with other probabilities than it would be trained with. Raises UserError."""
     prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]
-    sampled = sample_completions(model, prompts, 2, 4, 1.0, [])
-    batch = make_batch(sampled, model.device)
-    with torch.no_grad():
+    what = f"--model {config.model}: this kind of model cannot be sampled from here"
+    with blame(what), torch.no_grad():
+        sampled = sample_completions(model, prompts, 2, 4, 1.0, [])
+        batch = make_batch(sampled, model.device)
         gap = token_log_probs(model, batch, 1.0) - batch.sampled_log_probs  # (4, 4)
-    if not gap.abs().max() < 1e-3:  # nan is not
-        raise UserError(f"--model {config.model}: this kind of model cannot be sampled from here")
+        if not gap.abs().max() < 1e-3:  # nan is not
+            raise ValueError("other probabilities than in training")
 
 
 def copy_for(model, dtype: str):
@@ -980,8 +979,8 @@ def copy_for(model, dtype: str):
 
 def make_optimizer(policy, learning_rate: float, num_updates: int, config: Config):
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
-    the last step, and with a warm-up from 0, so that the very first step moves nothing. Each of
-    several ranks holds AdamW's moments of its share of the weights."""
+    the last step, and with a warm-up from 0, so that the first optimizer step moves nothing. Each
+    of several ranks holds AdamW's moments of its share of the weights."""
     # On GPUs a resumed ZeroRedundancyOptimizer counts steps on the CPU, which fused AdamW refuses.
     fused = WORLD_SIZE == 1 or not torch.cuda.is_available()
     settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": fused}
@@ -1131,8 +1130,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
-    """Writes checkpoint-STEP, in place of all but the newest and checkpoint-0, pi_ref. Crash at any
-    moment, or fill the disk: those two stay whole. Raises UserError."""
+    """Writes checkpoint-STEP; leaves it, the one before it, and checkpoint-0, pi_ref. Crash at any
+    moment, or fill the disk: those before stay whole. Raises UserError."""
     if WORLD_SIZE > 1:
         learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
     if RANK > 0:
@@ -1197,7 +1196,7 @@ def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process dies
         except BlockingIOError:
             raise UserError(f"--output_dir {folder} is in use by another process") from None
-        if find_checkpoints(folder)[-1:] != [checkpoint][: bool(checkpoint)]:
+        if (find_checkpoints(folder) or [None])[-1] != checkpoint:
             raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
         metrics = b""
         if checkpoint:
@@ -1319,7 +1318,7 @@ def train(config: Config):
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
 
-        # The stream goes on where this rank has stopped asking.
+        # The stream begins anew after the warm start, and goes on where this rank stopped asking.
         stream = question_stream(questions, config.seed)
         stream = itertools.islice(stream, state["asked"][RANK], None)
         for step in progress_bar(range(state["step"] + 1, last + 1), config.task):

@@ -499,11 +499,13 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_
     assert calls == [4, 2, 1, 1] and rounds == 4, lesson  # half of each round is dead
     assert len(rows) == 8 and len(sampled) == 8 * 4
     assert all(abs(row.advantage) > 0.4 for row in rows)
-    calls.clear()
-    settings = config(group_size=10, pruning_rate=0.5, gamma=1e-6)
-    rows, *_ = cppo.collect_batch(fake_draw(lambda i: [1.1] * 10, calls), stream(), 10, settings)
-    assert rows == [], "compute advantages in float64: the mean of 1.1s is not 1.1 in float32"
-    assert calls == [2] * 4
+
+
+def test_refill_computes_advantages_in_float64():
+    settings = config(group_size=3, pruning_rate=0.5)
+    (row,), *_ = cppo.collect_batch(fake_draw(lambda i: [0.1, 0.3, 1.1]), stream(), 1, settings)
+    want = (1.1 - 0.5) / (statistics.stdev([0.1, 0.3, 1.1]) + 1e-4)
+    assert row.advantage == pytest.approx(want, rel=1e-12), "rewards and advantages in float64"
 
 
 # --- Log-probabilities ----------------------------------------------------------------------------
