@@ -20,7 +20,7 @@ A step trains N completions, so it asks N / k questions where GRPO asks N / G. T
 the room that pruning frees goes to further questions. A step trains as many rows as GRPO's, samples
 more, and learns from G / k times as many questions.
 
-    python cppo.py                          additions, on a laptop, in half a minute
+    python cppo.py                          additions, on a laptop, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
 
 One step, in the order of this file:
@@ -1039,7 +1039,8 @@ def seed_step(seed: int, step: int):
 
 
 def warm_start(model, policy, tokenizer, stream, config: Config) -> dict:
-    """Imitates demonstrations. The loss is -log pi, a mean over all tokens of a step's batch."""
+    """Imitates demonstrations. The loss is -log pi, at --temperature, a mean over all tokens of a
+    step's batch."""
     start = time.perf_counter()
     steps = config.warm_start_steps
     optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
