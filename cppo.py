@@ -69,7 +69,7 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -257,13 +257,10 @@ def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float = 1.0):
     with top_p < 1 only the likeliest tokens count, the fewest that together reach top_p."""
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
-
-    probs = F.softmax(logits.float() / temperature, dim=-1)  # (R, V)
+    logits = logits.float() / temperature
     if top_p < 1:
-        ranked, order = probs.sort(dim=-1, descending=True)  # (R, V)
-        likelier = ranked.cumsum(-1) - ranked  # (R, V) what the tokens before it add up to
-        probs = probs.scatter(-1, order, ranked * (likelier < top_p))
-        probs = probs / probs.sum(-1, keepdim=True)
+        logits = transformers.TopPLogitsWarper(top_p)(None, logits)
+    probs = F.softmax(logits, dim=-1)  # (R, V)
 
     # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
     # It is summed in float64, because V roundings add up.
@@ -310,6 +307,9 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     padded = torch.tensor(padded, device=device)  # (Q, L)
     input_ids = padded.clamp(min=0)  # (Q, L)
     attention_mask = (padded >= 0).long()  # (Q, L)
+    # Not the number 1, whose slice of the prompts is not contiguous: in bfloat16 on a CPU the last
+    # layer's weights would then be copied for each prompt.
+    last = torch.tensor([-1], device=device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
@@ -321,7 +321,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         logits = model(
             input_ids=input_ids, attention_mask=attention_mask,
             position_ids=positions[:, -input_ids.shape[1] :],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
+            past_key_values=cache, use_cache=True, logits_to_keep=last,
         ).logits[:, -1]  # (Q, V) of the prompts, then (R, V)  # fmt: skip
         if t == 0:  # each prompt was read once: now every one of its G completions gets a row
             chosen = torch.arange(len(prompts), device=device).repeat_interleave(group_size)  # (R,)
@@ -399,12 +399,10 @@ def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) ->
 def task_reward(text: str, answer: str, task: str) -> float:
     """The task's own reward, which must be a finite number; raises UserError."""
     value = TASKS[task].answer_reward(text, answer)
-    what = f"--task {task}: its reward for the answer {answer!r} is {value!r}, not a finite number"
-    with blame(what):
-        reward = float(value)
-    if not math.isfinite(reward):
-        raise UserError(what)
-    return reward
+    with blame(f"--task {task}: its reward for the answer {answer!r} is {value!r}"):
+        if not math.isfinite(value):
+            raise ValueError("not a finite number")
+        return float(value)
 
 
 def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=1.0):
@@ -449,14 +447,13 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tenso
     else:
         score_QG = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}[by]
     # The sort is stable; topk would leave it open which of equal ones come first.
-    order = score_QG.sort(dim=1, descending=True, stable=True).indices  # (Q, G)
-    best_QG = torch.zeros_like(order, dtype=torch.bool)
-    best_QG.scatter_(1, order[:, :num_kept], True)
-    return best_QG & (abs_QG >= gamma)
+    best_first = score_QG.argsort(dim=1, descending=True, stable=True)  # (Q, G) indices
+    place_QG = best_first.argsort(dim=1)  # (Q, G) where each stands in that order, from 0
+    return (place_QG < num_kept) & (abs_QG >= gamma)
 
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
-def collect_batch(draw, stream, room: int, config: Config):
+def collect_batch(draw, stream, room: int, config):
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
     `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
@@ -534,7 +531,7 @@ def pack(rows: list[Completion], tokens_per_microbatch: int):
     return packs
 
 
-def token_log_probs(model, batch: Batch, temperature: float) -> torch.Tensor:
+def token_log_probs(model, batch, temperature: float) -> torch.Tensor:
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
     # V is large, so logits are computed only where they predict a completion's token. The model
     # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
@@ -583,7 +580,7 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
-def policy_log_probs(learner: Learner, batch: Batch, is_last: bool, config: Config):
+def policy_log_probs(learner, batch, is_last: bool, config):
     """The policy's log-probabilities of a micro-batch, (B, C), to take a gradient of."""
     if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
         learner.policy.require_backward_grad_sync = is_last
@@ -593,7 +590,7 @@ def policy_log_probs(learner: Learner, batch: Batch, is_last: bool, config: Conf
         return token_log_probs(learner.policy, batch, config.temperature)
 
 
-def accumulate_gradient(learner: Learner, batches, N: int, config: Config):
+def accumulate_gradient(learner, batches, N: int, config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N counts the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
     |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
@@ -625,7 +622,7 @@ def accumulate_gradient(learner: Learner, batches, N: int, config: Config):
     return sums
 
 
-def optimizer_step(learner: Learner, N: int, config: Config) -> float:
+def optimizer_step(learner, N: int, config) -> float:
     """Moves the weights along the gradient, and clears it. Returns the gradient's norm. Raises
     FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
     parameters = learner.policy.parameters()
@@ -640,7 +637,7 @@ def optimizer_step(learner: Learner, N: int, config: Config) -> float:
     return norm
 
 
-def update(learner: Learner, rows, N: int, config: Config):
+def update(learner, rows, N: int, config):
     """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns, as means
     over the mu steps, accumulate_gradient's sums and `grad_norm`."""
     parts = pack(rows, config.tokens_per_microbatch)
@@ -667,7 +664,7 @@ def refresh(sampler, model):
 
 
 # --- One step -------------------------------------------------------------------------------------
-def cppo_step(learner: Learner, tokenizer, stream, config: Config):
+def cppo_step(learner, tokenizer, stream, config):
     """The paper's algorithm: collect a batch, update the policy, refresh the sampler. Returns the
     step's metrics, and all completions that this rank has sampled."""
     start = time.perf_counter()
@@ -843,7 +840,7 @@ TASKS = {
 }  # fmt: skip
 
 
-def load_questions(config: Config):
+def load_questions(config):
     """The task's questions, to train on and, the first --eval_questions of them, to test."""
     task = TASKS[config.task]
     train, test = [], []
@@ -937,7 +934,7 @@ def load_model_and_tokenizer(name: str | None, what: str):
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
 
 
-def check_fit(model, tokenizer, questions, config: Config):
+def check_fit(model, tokenizer, questions, config):
     """Whether the model can read all prompts and write all completions; raises UserError."""
     blamed = f"--model {config.model}:"
     eos_ids = model.generation_config.eos_token_id
@@ -956,7 +953,7 @@ def check_fit(model, tokenizer, questions, config: Config):
             raise UserError(f"{what}: lower --max_completion_tokens or --max_prompt_tokens")
 
 
-def check_sampler(model, prompt_ids: list[int], config: Config):
+def check_sampler(model, prompt_ids: list[int], config):
     """Samples a little: a model whose cache sample_completions does not drive (Mamba's, say) draws
     with other probabilities than it would be trained with. Raises UserError."""
     prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]
@@ -977,13 +974,12 @@ def copy_for(model, dtype: str):
     return frozen
 
 
-def make_optimizer(policy, learning_rate: float, num_updates: int, config: Config):
+def make_optimizer(policy, learning_rate: float, num_updates: int, config):
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
     the last step, and with a warm-up from 0, so that the first optimizer step moves nothing. Each
     of several ranks holds AdamW's moments of its share of the weights."""
-    # On GPUs a resumed ZeroRedundancyOptimizer counts steps on the CPU, which fused AdamW refuses.
-    fused = WORLD_SIZE == 1 or not torch.cuda.is_available()
-    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": fused}
+    # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
+    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": WORLD_SIZE == 1}
     if WORLD_SIZE > 1:
         optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
     else:
@@ -1038,7 +1034,7 @@ def seed_step(seed: int, step: int):
     torch.manual_seed(random.Random(f"{seed} {step} {RANK}").getrandbits(32))
 
 
-def warm_start(model, policy, tokenizer, stream, config: Config) -> dict:
+def warm_start(model, policy, tokenizer, stream, config) -> dict:
     """Imitates demonstrations. The loss is -log pi, at --temperature, a mean over all tokens of a
     step's batch."""
     start = time.perf_counter()
@@ -1060,7 +1056,7 @@ def warm_start(model, policy, tokenizer, stream, config: Config) -> dict:
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
-def evaluate(model, tokenizer, questions: list[Question], config: Config) -> dict:
+def evaluate(model, tokenizer, questions: list[Question], config) -> dict:
     """Share of right completions: greedy ones, or sampled as the paper does for AMC and AIME."""
     start = time.perf_counter()
     seed_step(config.seed, 0)  # the same numbers for each evaluation
@@ -1092,26 +1088,28 @@ def step_metrics(kept, sampled, rounds, means, config) -> dict:
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
     }
-    over_sampled = {
-        "reward": sum(c.reward for c in sampled),
-        "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
-        "format": sum(c.format_reward for c in sampled),
-        "truncated": sum(c.truncated for c in sampled),
-        "completion_tokens": counts["sampled_tokens"],
+    sums = {  # by the count that divides them
+        "sampled": {
+            "reward": sum(c.reward for c in sampled),
+            "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
+            "format": sum(c.format_reward for c in sampled),
+            "truncated": sum(c.truncated for c in sampled),
+            "completion_tokens": counts["sampled_tokens"],
+        },
+        "kept": {
+            "abs_advantage_kept": sum(abs(c.advantage) for c in kept),
+            **{name: means[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")},
+        },
+        # The mean of -log p over sampled tokens estimates the entropy of the next token.
+        "sampled_tokens": {"entropy": -sum(sum(c.log_probs) for c in sampled)},
     }
-    over_kept = {name: means[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")}
-    over_kept["abs_advantage_kept"] = sum(abs(c.advantage) for c in kept)
-    # The mean of -log p over sampled tokens estimates the entropy of the next token.
-    over_tokens = {"entropy": -sum(sum(c.log_probs) for c in sampled)}
-    everyone = over_ranks(counts | over_sampled | over_kept | over_tokens)
-    total = {name: sum(each[name] for each in everyone) for name in everyone[0]}
-
-    metrics = {name: total[name] for name in counts}
-    averages = {"sampled": over_sampled, "kept": over_kept, "sampled_tokens": over_tokens}
-    for count, names in averages.items():
-        for name in names:
-            metrics[name] = total[name] / total[count] if total[count] else None
-    metrics["grad_norm"] = means["grad_norm"] if total["kept"] else None
+    everyone = over_ranks((counts, sums))
+    metrics = {name: sum(each[name] for each, _ in everyone) for name in counts}
+    for count, own in sums.items():
+        for name in own:
+            total = sum(each[count][name] for _, each in everyone)
+            metrics[name] = total / metrics[count] if metrics[count] else None
+    metrics["grad_norm"] = means["grad_norm"] if metrics["kept"] else None
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics
@@ -1130,15 +1128,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
-def save_checkpoint(folder: Path, learner: Learner, tokenizer, state: dict):
+def save_checkpoint(folder: Path, learner, tokenizer, state: dict):
     """Writes checkpoint-STEP; leaves it, the one before it, and checkpoint-0, pi_ref. Crash at any
     moment, or fill the disk: those before stay whole. Raises UserError."""
     if WORLD_SIZE > 1:
         learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
     if RANK > 0:
         return
-    moments = {"optimizer": learner.optimizer.state_dict()}
-    moments["scheduler"] = learner.scheduler.state_dict()
+    moments = {name: getattr(learner, name).state_dict() for name in ("optimizer", "scheduler")}
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
     # The oldest goes before the new one comes: AdamW's moments make them large.
@@ -1160,7 +1157,7 @@ def unreadable(path: Path) -> str:
     return f"--resume: {path} cannot be read; delete that checkpoint to use the one before it"
 
 
-def load_state(config: Config):
+def load_state(config):
     """The checkpoint to go on from, and what save_checkpoint saved there; or None, and the state in
     which a run begins. Raises UserError."""
     settings = asdict(config)
@@ -1173,8 +1170,6 @@ def load_state(config: Config):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
-        if missing := {"step", "seconds", "questions_hash", "optimizer", "scheduler"} - {*state}:
-            raise ValueError(f"it lacks {missing}")
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
     may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
     for name, now in (settings | {"ranks": WORLD_SIZE}).items():
@@ -1184,7 +1179,7 @@ def load_state(config: Config):
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
+def only_run_in(folder: Path, checkpoint: Path | None, config):
     """Begins the folder, and keeps other processes out while its block runs; raises UserError."""
     if RANK > 0:
         yield
@@ -1209,26 +1204,17 @@ def only_run_in(folder: Path, checkpoint: Path | None, config: Config):
 
 
 # --- A run ----------------------------------------------------------------------------------------
-@dataclass
-class Run:
-    """What train() begins with."""
-
-    folder: Path
-    checkpoint: Path | None  # the one to go on from; None: a new run
-    state: dict  # step, asked, seconds, config, questions_hash
-    model: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    questions: list[Question]
-    test_questions: list[Question]
+# What train() begins with. In a new run there is no checkpoint to go on from.
+Run = namedtuple("Run", "folder checkpoint state model tokenizer questions test_questions")
 
 
-def set_up(config: Config) -> Run:
+def set_up(config) -> Run:
     """Ranks, checkpoint, questions, model. All checks come before the first write; raises
     UserError."""
     folder = Path(config.output_dir)
     others = {path.name for path in folder.glob("*")} - {"lock"}
-    is_a_run = config.resume and ("metrics.jsonl" in others or find_checkpoints(folder))
-    if others and not (config.eval_only or is_a_run):
+    may_go_on = config.resume and "metrics.jsonl" in others
+    if others and not (config.eval_only or may_go_on):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     device = init_distributed()
     checkpoint, state = load_state(config)
@@ -1262,7 +1248,7 @@ def set_up(config: Config) -> Run:
     return Run(folder, checkpoint, state, model, tokenizer, questions, test_questions)
 
 
-def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
+def make_learner(run, policy, num_updates: int, config) -> Learner:
     """The learner of a new run after its warm start, or as the checkpoint has it."""
     model, sampler, reference = run.model, run.model, None
     if config.dtype != "float32":
@@ -1283,7 +1269,7 @@ def make_learner(run: Run, policy, num_updates: int, config: Config) -> Learner:
     return Learner(model, policy, sampler, reference, optimizer, scheduler)
 
 
-def evaluate_and_save(run: Run, learner: Learner, last: int, config: Config):
+def evaluate_and_save(run, learner, last: int, config):
     """At the start, after the last step, and as often as --eval_every and --save_every say."""
     step = run.state["step"]
     is_end = step in (0, last)
@@ -1294,7 +1280,7 @@ def evaluate_and_save(run: Run, learner: Learner, last: int, config: Config):
         save_checkpoint(run.folder, learner, run.tokenizer, run.state)
 
 
-def train(config: Config):
+def train(config):
     """A whole run: warm start, steps of CPPO, evaluations, checkpoints; or an evaluation alone."""
     run = set_up(config)
     model, tokenizer, questions, state = run.model, run.tokenizer, run.questions, run.state
