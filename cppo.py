@@ -71,7 +71,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -101,7 +101,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def blame(what: str, kind: type[Exception] = Exception):
+def blame(what, kind: type[Exception] = Exception):
     """Turns an error in its block into a UserError: `what` to change, and the error's message."""
     try:
         yield
@@ -111,7 +111,7 @@ def blame(what: str, kind: type[Exception] = Exception):
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
-def flag(default, text: str, interval: str | None = None):
+def flag(default, text, interval=None):
     """A dataclass field that HfArgumentParser turns into a flag. A number must lie in the interval
     [low, high), which --help shows as its metavar."""
     return field(default=default, metadata={"help": text, "metavar": interval})
@@ -208,7 +208,7 @@ class Config:
             raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
 
     @property
-    def num_kept(self) -> int:
+    def num_kept(self):
         """k = floor(G (1 - P)), at least 1 (eq. 2). 1e-9: G = 20, P = 0.8 is 3.9999 in floats."""
         kept = self.group_size * (1 - self.pruning_rate)
         return max(1, math.floor(kept + 1e-9))
@@ -241,18 +241,18 @@ class Completion:
     advantage: float = 0.0  # A_i, once its group is known
 
     @property
-    def reward(self) -> float:
+    def reward(self):
         """r_i, 0 to 3"""
         return self.format_reward + self.accuracy_reward
 
     @property
-    def num_tokens(self) -> int:
+    def num_tokens(self):
         """Of prompt and completion."""
         return len(self.prompt_ids) + len(self.token_ids)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
-def sample_tokens(logits: torch.Tensor, temperature: float, top_p: float = 1.0):
+def sample_tokens(logits, temperature, top_p=1.0):
     """(R, V) logits -> next tokens (R,) and their log-probabilities (R,). Temperature 0 is greedy;
     with top_p < 1 only the likeliest tokens count, the fewest that together reach top_p."""
     if temperature == 0:
@@ -277,7 +277,7 @@ class RoomyLayer(DynamicLayer):
 
     length = 0  # columns in use
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self):
         """The tokens that it holds, without the spare columns."""
         return self.length
 
@@ -359,14 +359,14 @@ NUMBER = re.compile(
 )
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text) -> str | None:
     """What the last <answer>...</answer> holds, stripped; None if there is none."""
     before, _, _ = text.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
     return answer.strip() if opening else None
 
 
-def format_reward(text: str) -> float:
+def format_reward(text):
     """1 for `<think>...</think>\\n<answer>...</answer>`, each tag once, nothing around; else 0."""
     in_order = text.startswith("<think>") and text.endswith("</answer>")
     joined = "</think>\n<answer>" in text
@@ -374,7 +374,7 @@ def format_reward(text: str) -> float:
     return float(in_order and joined and once)
 
 
-def same_number(given: str, answer: str) -> bool:
+def same_number(given, answer):
     """Whether both are one number, exactly; commas, $, % and a full stop left aside."""
     values = []
     for text in (given, answer):
@@ -386,7 +386,7 @@ def same_number(given: str, answer: str) -> bool:
     return values[0] == values[1]
 
 
-def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) -> float:
+def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5):
     """2 if the text's answer is the right one to the letter, 1.5 if only as a number, else 0."""
     given = extract_answer(text) if extract is None else extract(text)
     if not given:
@@ -396,7 +396,7 @@ def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5) ->
     return nearly if same(given, answer) else 0.0
 
 
-def task_reward(text: str, answer: str, task: str) -> float:
+def task_reward(text, answer, task):
     """The task's own reward, which must be a finite number; raises UserError."""
     value = TASKS[task].answer_reward(text, answer)
     with blame(f"--task {task}: its reward for the answer {answer!r} is {value!r}"):
@@ -429,7 +429,7 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
 
 
 # --- Advantages and pruning -----------------------------------------------------------------------
-def group_advantages(rewards_QG: torch.Tensor) -> torch.Tensor:
+def group_advantages(rewards_QG) -> torch.Tensor:
     """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G).
     In a dead group all rewards are equal, so that every A is 0: only the KL term is left."""
     std, mean = torch.std_mean(rewards_QG, dim=1, keepdim=True)  # (Q, 1) each; std is over G - 1
@@ -453,7 +453,7 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tenso
 
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
-def collect_batch(draw, stream, room: int, config):
+def collect_batch(draw, stream, room, config):
     """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
 
     `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
@@ -517,7 +517,7 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     return Batch(*(x.to(device) for x in tensors))
 
 
-def pack(rows: list[Completion], tokens_per_microbatch: int):
+def pack(rows: list[Completion], tokens_per_microbatch):
     """Splits rows, all of them, into micro-batches of at most so many tokens, padding included:
     longest first, so that little is padding. A row that is longer than the limit goes alone."""
     packs: list[list[Completion]] = []
@@ -531,7 +531,7 @@ def pack(rows: list[Completion], tokens_per_microbatch: int):
     return packs
 
 
-def token_log_probs(model, batch, temperature: float) -> torch.Tensor:
+def token_log_probs(model, batch, temperature) -> torch.Tensor:
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
     # V is large, so logits are computed only where they predict a completion's token. The model
     # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
@@ -544,7 +544,7 @@ def token_log_probs(model, batch, temperature: float) -> torch.Tensor:
 
 
 # --- Loss -----------------------------------------------------------------------------------------
-def token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def token_mean(values, mask) -> torch.Tensor:
     """1/|o_i| sum_t, for each completion: (B, C) -> (B,)"""
     return (values * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -580,23 +580,18 @@ class Learner:
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
-def policy_log_probs(learner, batch, is_last: bool, config):
-    """The policy's log-probabilities of a micro-batch, (B, C), to take a gradient of."""
-    if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
-        learner.policy.require_backward_grad_sync = is_last
-    # The weights are float32: in bfloat16 they would not move by 1e-6. Only products are bfloat16.
-    is_bfloat16 = config.dtype == "bfloat16"
-    with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
-        return token_log_probs(learner.policy, batch, config.temperature)
-
-
-def accumulate_gradient(learner, batches, N: int, config):
+def accumulate_gradient(learner, batches, N, config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N counts the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
     |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
     sums = Counter()
     for batch in batches:
-        log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
+        if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
+            learner.policy.require_backward_grad_sync = batch is batches[-1]
+        # Only products are bfloat16. The weights are float32: in bfloat16 1e-6 would not move them.
+        is_bfloat16 = config.dtype == "bfloat16"
+        with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
+            log_probs = token_log_probs(learner.policy, batch, config.temperature)  # (B, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no pass of its own.
             # (With the sampler's log-probabilities, rounded otherwise, rho would not be 1.)
@@ -622,7 +617,7 @@ def accumulate_gradient(learner, batches, N: int, config):
     return sums
 
 
-def optimizer_step(learner, N: int, config) -> float:
+def optimizer_step(learner, N, config):
     """Moves the weights along the gradient, and clears it. Returns the gradient's norm. Raises
     FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
     parameters = learner.policy.parameters()
@@ -637,7 +632,7 @@ def optimizer_step(learner, N: int, config) -> float:
     return norm
 
 
-def update(learner, rows, N: int, config):
+def update(learner, rows, N, config):
     """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns, as means
     over the mu steps, accumulate_gradient's sums and `grad_norm`."""
     parts = pack(rows, config.tokens_per_microbatch)
@@ -699,7 +694,7 @@ class Task:
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
-def arithmetic_questions(source: None, split: str) -> list[Question]:
+def arithmetic_questions(source, split) -> list[Question]:
     """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
     gets about the sums without a carry right; CPPO has to find the rest."""
@@ -726,7 +721,7 @@ def arithmetic_questions(source: None, split: str) -> list[Question]:
 COLUMNS = ("question", "problem", "answer", "solution")
 
 
-def cell_text(value, what: str) -> str:
+def cell_text(value, what):
     """A table's cell as text: text as it is, a number without an exponent, nothing as ""."""
     if isinstance(value, str | None):
         return (value or "").strip()
@@ -735,7 +730,7 @@ def cell_text(value, what: str) -> str:
     return f"{Decimal(str(value)):f}"
 
 
-def load_table(source: str, split: str):
+def load_table(source, split):
     """The rows of a file, or of a data set on the hub, NAME[:SUBSET]."""
     import datasets  # here only: a second that the arithmetic task need not wait
 
@@ -783,7 +778,7 @@ def table_questions(system, form, source, split) -> list[Question]:
     return questions
 
 
-def boxed(text: str) -> str | None:
+def boxed(text) -> str | None:
     """What the last \\boxed{...} of a LaTeX text holds, braces in pairs; None if there is none."""
     _, box, rest = text.replace("\\fbox", "\\boxed").rpartition("\\boxed")
     if not box:
@@ -799,7 +794,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def same_mathematics(given: str, answer: str) -> bool:
+def same_mathematics(given, answer):
     """Whether two LaTeX expressions are equal, in the eyes of math-verify."""
     with blame("--task math needs one more package: pip install math-verify", ImportError):
         from math_verify import parse, verify
@@ -872,13 +867,13 @@ def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     return questions
 
 
-def demonstration_ids(question: Question, tokenizer) -> list[int]:
+def demonstration_ids(question, tokenizer) -> list[int]:
     """What the warm start teaches: the demonstration, less what the prompt has said, and EOS."""
     text = question.demonstration.removeprefix(question.opening.strip())
     return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
-def question_stream(questions, seed: int) -> Iterator[Question]:
+def question_stream(questions, seed) -> Iterator[Question]:
     """This rank's endless share of the questions. Every epoch is shuffled and dealt out to the
     ranks like cards, so that no question comes twice in it."""
     for epoch in itertools.count():
@@ -906,7 +901,7 @@ def tiny_model_and_tokenizer():
     return transformers.LlamaForCausalLM(shape), tokenizer
 
 
-def load_model_and_tokenizer(name: str | None, what: str):
+def load_model_and_tokenizer(name, what):
     """The model, in float32, and its tokenizer, from a folder or the hub; None is the tiny one.
     Raises a UserError that blames `what`."""
     transformers.utils.logging.disable_progress_bar()
@@ -966,7 +961,7 @@ def check_sampler(model, prompt_ids: list[int], config):
             raise ValueError("other probabilities than in training")
 
 
-def copy_for(model, dtype: str):
+def copy_for(model, dtype):
     """A frozen copy in the dtype of compute, to sample from or as the reference."""
     frozen = copy.deepcopy(model).requires_grad_(False)
     for parameter in frozen.parameters():  # not .to(): rotary frequencies must stay float32
@@ -974,7 +969,7 @@ def copy_for(model, dtype: str):
     return frozen
 
 
-def make_optimizer(policy, learning_rate: float, num_updates: int, config):
+def make_optimizer(policy, learning_rate, num_updates, config):
     """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
     the last step, and with a warm-up from 0, so that the first optimizer step moves nothing. Each
     of several ranks holds AdamW's moments of its share of the weights."""
@@ -989,7 +984,7 @@ def make_optimizer(policy, learning_rate: float, num_updates: int, config):
 
 
 # --- Ranks: torchrun's environment; one process is the plain case ---------------------------------
-def init_distributed() -> torch.device:
+def init_distributed():
     """Lets the ranks meet; returns this rank's device."""
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -1008,7 +1003,7 @@ def init_distributed() -> torch.device:
     return device
 
 
-def over_ranks(value) -> list:
+def over_ranks(value):
     """Every rank's value, in the order of the ranks."""
     values = [value] * WORLD_SIZE
     if dist.is_initialized():
@@ -1016,47 +1011,42 @@ def over_ranks(value) -> list:
     return values
 
 
-def say(text: str):
+def say(text):
     """Prints above the progress bar, on the first rank, and at once, also into a file."""
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def progress_bar(iterable, name: str):
+def progress_bar(iterable, name):
     """A bar on the first rank's terminal; in a file or a pipe there is none."""
     return tqdm(iterable, name, leave=False, disable=None if RANK == 0 else True)
 
 
 # --- Warm start and evaluation --------------------------------------------------------------------
-def seed_step(seed: int, step: int):
+def seed_step(seed, step):
     """Random numbers depend on seed, step and rank alone, so that a resumed step draws the same."""
     torch.manual_seed(random.Random(f"{seed} {step} {RANK}").getrandbits(32))
 
 
-def warm_start(model, policy, tokenizer, stream, config) -> dict:
-    """Imitates demonstrations. The loss is -log pi, at --temperature, a mean over all tokens of a
-    step's batch."""
+def warm_start(model, policy, tokenizer, stream, config):
+    """Imitates demonstrations: to the loss they are completions whose advantage is 1, so that its
+    gradient is that of -log pi, a mean over a demonstration's tokens, then over demonstrations."""
     start = time.perf_counter()
     steps = config.warm_start_steps
     optimizer, scheduler = make_optimizer(policy, config.warm_start_learning_rate, steps, config)
     learner = Learner(model, policy, model, None, optimizer, scheduler)
+    imitation = replace(config, num_iterations=1, beta=0.0)
     for _ in progress_bar(range(steps), "warm start"):
         share = itertools.islice(stream, math.ceil(WARM_START_BATCH / WORLD_SIZE))
-        rows = [Completion(q.prompt_ids, demonstration_ids(q, tokenizer)) for q in share]
-        num_tokens = sum(over_ranks(sum(len(row.token_ids) for row in rows)))
-        parts = pack(rows, config.tokens_per_microbatch)
-        batches = [make_batch(part, model.device) for part in parts]
-        for batch in batches:
-            log_probs = policy_log_probs(learner, batch, batch is batches[-1], config)  # (B, C)
-            # DDP's exchange is a mean over the ranks, as in accumulate_gradient.
-            (-log_probs.sum() * WORLD_SIZE / num_tokens).backward()
+        ids = [(q.prompt_ids, demonstration_ids(q, tokenizer)) for q in share]
+        rows = [Completion(prompt, taught, advantage=1.0) for prompt, taught in ids]
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
-            optimizer_step(learner, num_tokens, config)
+            update(learner, rows, sum(over_ranks(len(rows))), imitation)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
-def evaluate(model, tokenizer, questions: list[Question], config) -> dict:
+def evaluate(model, tokenizer, questions: list[Question], config):
     """Share of right completions: greedy ones, or sampled as the paper does for AMC and AIME."""
     start = time.perf_counter()
     seed_step(config.seed, 0)  # the same numbers for each evaluation
@@ -1075,7 +1065,7 @@ def evaluate(model, tokenizer, questions: list[Question], config) -> dict:
 
 
 # --- What a run writes ----------------------------------------------------------------------------
-def step_metrics(kept, sampled, rounds, means, config) -> dict:
+def step_metrics(kept, sampled, rounds, means, config):
     """A step's counts over all ranks, and averages over completions, None if nothing was kept.
     `means` are update's: sums over this rank's kept completions, and the gradient's norm."""
     rewards_QG = torch.tensor([c.reward for c in sampled]).view(-1, config.group_size)
@@ -1115,20 +1105,20 @@ def step_metrics(kept, sampled, rounds, means, config) -> dict:
     return metrics
 
 
-def append_metrics(folder: Path, record: dict):
+def append_metrics(folder, record):
     """Appends a line to metrics.jsonl, on the first rank."""
     if RANK == 0:
         with open(folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def find_checkpoints(folder: Path) -> list[Path]:
+def find_checkpoints(folder) -> list[Path]:
     """The run's checkpoints, oldest first. They are written as .tmp and renamed when complete."""
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdecimal, steps), key=int)]
 
 
-def save_checkpoint(folder: Path, learner, tokenizer, state: dict):
+def save_checkpoint(folder, learner, tokenizer, state):
     """Writes checkpoint-STEP; leaves it, the one before it, and checkpoint-0, pi_ref. Crash at any
     moment, or fill the disk: those before stay whole. Raises UserError."""
     if WORLD_SIZE > 1:
@@ -1152,7 +1142,7 @@ def save_checkpoint(folder: Path, learner, tokenizer, state: dict):
         unfinished.rename(path)
 
 
-def unreadable(path: Path) -> str:
+def unreadable(path):
     """What to blame for a part of a checkpoint."""
     return f"--resume: {path} cannot be read; delete that checkpoint to use the one before it"
 
@@ -1179,7 +1169,7 @@ def load_state(config):
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path, checkpoint: Path | None, config):
+def only_run_in(folder, checkpoint: Path | None, config):
     """Begins the folder, and keeps other processes out while its block runs; raises UserError."""
     if RANK > 0:
         yield
@@ -1208,7 +1198,7 @@ def only_run_in(folder: Path, checkpoint: Path | None, config):
 Run = namedtuple("Run", "folder checkpoint state model tokenizer questions test_questions")
 
 
-def set_up(config) -> Run:
+def set_up(config):
     """Ranks, checkpoint, questions, model. All checks come before the first write; raises
     UserError."""
     folder = Path(config.output_dir)
@@ -1248,7 +1238,7 @@ def set_up(config) -> Run:
     return Run(folder, checkpoint, state, model, tokenizer, questions, test_questions)
 
 
-def make_learner(run, policy, num_updates: int, config) -> Learner:
+def make_learner(run, policy, num_updates, config):
     """The learner of a new run after its warm start, or as the checkpoint has it."""
     model, sampler, reference = run.model, run.model, None
     if config.dtype != "float32":
@@ -1269,7 +1259,7 @@ def make_learner(run, policy, num_updates: int, config) -> Learner:
     return Learner(model, policy, sampler, reference, optimizer, scheduler)
 
 
-def evaluate_and_save(run, learner, last: int, config):
+def evaluate_and_save(run, learner, last, config):
     """At the start, after the last step, and as often as --eval_every and --save_every say."""
     step = run.state["step"]
     is_end = step in (0, last)
