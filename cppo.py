@@ -56,7 +56,6 @@ rewards.view(Q, G) has a question in each row. A suffix, as in rewards_QG, names
 import argparse
 import contextlib
 import copy
-import ctypes
 import fcntl
 import glob
 import hashlib
@@ -70,7 +69,7 @@ import shutil
 import sys
 import time
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -101,7 +100,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def blame(what, kind: type[Exception] = Exception):
+def blame(what, kind=Exception):
     """Turns an error in its block into a UserError: `what` to change, and the error's message."""
     try:
         yield
@@ -359,7 +358,7 @@ NUMBER = re.compile(
 )
 
 
-def extract_answer(text) -> str | None:
+def extract_answer(text):
     """What the last <answer>...</answer> holds, stripped; None if there is none."""
     before, _, _ = text.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
@@ -429,14 +428,14 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
 
 
 # --- Advantages and pruning -----------------------------------------------------------------------
-def group_advantages(rewards_QG) -> torch.Tensor:
+def group_advantages(rewards_QG):
     """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G).
     In a dead group all rewards are equal, so that every A is 0: only the KL term is left."""
     std, mean = torch.std_mean(rewards_QG, dim=1, keepdim=True)  # (Q, 1) each; std is over G - 1
     return (rewards_QG - mean) / (std + 1e-4)
 
 
-def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage") -> torch.Tensor:
+def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
     """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
     `by` (of equal ones the first); of these, those with |A| < gamma go too. With gamma 0 all k
     stay. |A|, because the gradient is A times that of the log-probability: far below the mean
@@ -531,7 +530,7 @@ def pack(rows: list[Completion], tokens_per_microbatch):
     return packs
 
 
-def token_log_probs(model, batch, temperature) -> torch.Tensor:
+def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
     # V is large, so logits are computed only where they predict a completion's token. The model
     # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
@@ -544,7 +543,7 @@ def token_log_probs(model, batch, temperature) -> torch.Tensor:
 
 
 # --- Loss -----------------------------------------------------------------------------------------
-def token_mean(values, mask) -> torch.Tensor:
+def token_mean(values, mask):
     """1/|o_i| sum_t, for each completion: (B, C) -> (B,)"""
     return (values * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -694,7 +693,7 @@ class Task:
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
-def arithmetic_questions(source, split) -> list[Question]:
+def arithmetic_questions(source, split):
     """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
     gets about the sums without a carry right; CPPO has to find the rest."""
@@ -702,10 +701,9 @@ def arithmetic_questions(source, split) -> list[Question]:
         raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
     pairs = [*itertools.combinations_with_replacement(range(10, 100), 2)]
-    rng.shuffle(pairs)
-    both_ways = dict.fromkeys(itertools.chain(*((pair, pair[::-1]) for pair in pairs)))
     questions = []
-    for a, b in both_ways:
+    for pair in rng.sample(pairs, 512 + 2560):
+        a, b = rng.sample(pair, 2)
         units = a % 10 + b % 10
         tens = a // 10 + b // 10
         carry = units >= 10 and rng.random() < 0.3
@@ -714,8 +712,7 @@ def arithmetic_questions(source, split) -> list[Question]:
             think += f"+1={tens + 1}"
         demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
         questions.append(Question(f"{a}+{b}=", str(a + b), demonstration))
-    # The 512th question ends a pair, so no pair is in both parts.
-    return questions[:512] if split == "test" else questions[512 : 512 + 2560]
+    return questions[:512] if split == "test" else questions[512:]
 
 
 COLUMNS = ("question", "problem", "answer", "solution")
@@ -750,7 +747,7 @@ def load_table(source, split):
     return datasets.load_dataset(*source.split(":"), split=split)
 
 
-def table_questions(system, form, source, split) -> list[Question]:
+def table_questions(system, form, source, split):
     """Questions of a file or of a data set on the hub. A row has a `question` or `problem`; and an
     `answer`, bare or as GSM8K's `solution #### 72`, or a `solution` that ends so or boxes it.
     `form` is how a demonstration gives the answer. Raises UserError."""
@@ -778,7 +775,7 @@ def table_questions(system, form, source, split) -> list[Question]:
     return questions
 
 
-def boxed(text) -> str | None:
+def boxed(text):
     """What the last \\boxed{...} of a LaTeX text holds, braces in pairs; None if there is none."""
     _, box, rest = text.replace("\\fbox", "\\boxed").rpartition("\\boxed")
     if not box:
@@ -849,7 +846,7 @@ def load_questions(config):
     return train, test
 
 
-def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
+def encode_prompts(questions: list[Question], tokenizer):
     """Fills in `prompt_ids`, messages through the tokenizer's chat template, if it has one."""
     for question in questions:
         text = question.prompt
@@ -867,13 +864,13 @@ def encode_prompts(questions: list[Question], tokenizer) -> list[Question]:
     return questions
 
 
-def demonstration_ids(question, tokenizer) -> list[int]:
+def demonstration_ids(question, tokenizer):
     """What the warm start teaches: the demonstration, less what the prompt has said, and EOS."""
     text = question.demonstration.removeprefix(question.opening.strip())
     return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
-def question_stream(questions, seed) -> Iterator[Question]:
+def question_stream(questions, seed):
     """This rank's endless share of the questions. Every epoch is shuffled and dealt out to the
     ranks like cards, so that no question comes twice in it."""
     for epoch in itertools.count():
@@ -1112,7 +1109,7 @@ def append_metrics(folder, record):
             file.write(json.dumps(record) + "\n")
 
 
-def find_checkpoints(folder) -> list[Path]:
+def find_checkpoints(folder):
     """The run's checkpoints, oldest first. They are written as .tmp and renamed when complete."""
     steps = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
     return [folder / f"checkpoint-{step}" for step in sorted(filter(str.isdecimal, steps), key=int)]
@@ -1325,10 +1322,6 @@ def main():
     """The command line: a user's mistake is one line on stderr, and exit status 2."""
     # Without expandable segments the cache's growth breaks a GPU's memory into small pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # Else glibc hands freed tensors back to the kernel, which wipes new pages: a tenth of a step.
-    if sys.platform == "linux" and not torch.cuda.is_available():
-        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
-            ctypes.CDLL(None).mallopt(option, value)
     options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
     status, message, config = 2, None, None

@@ -334,6 +334,9 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
 
 
 # --- Rewards --------------------------------------------------------------------------------------
+FORM = "<think>1 2</think>\n<answer>3</answer>"
+
+
 def right_form(answer: str) -> str:
     return f"<think>hm</think>\n<answer>{answer}</answer>"
 
@@ -656,17 +659,6 @@ def test_the_readmes_group_worked_by_hand():
     assert f"| mean over N = 2 | {first.mean():.4f} | | | | | {second.mean():.4f} |" in readme
 
 
-def test_the_readmes_reading_order_names_sections_and_functions_of_cppo_py():
-    code, readme = (ROOT / "cppo.py").read_text(), (ROOT / "README.md").read_text()
-    named = re.findall(r"\*\*(.*?)\*\*", readme.split("## Reading the code")[1].split("\n## ")[0])
-    assert len(named) > 8
-    assert all(f"\n# --- {name}" in code for name in named)
-    algorithm = readme.split("## The algorithm")[1].split("```")[0]
-    order = readme.split("## Reading the code")[1].split("\n## ")[0]
-    for name in re.findall(r"`([a-z]+_[a-z_]+)`", algorithm + order):
-        assert re.search(rf"^(def|class) {name}\b", code, re.M), name
-
-
 def test_a_steps_numbers_by_hand():
     settings = config(group_size=4, pruning_rate=0.75)
     draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
@@ -907,23 +899,43 @@ def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another
 
 
 # --- Models ---------------------------------------------------------------------------------------
-def test_a_model_folder_must_be_whole_and_all_of_its_eos_tokens_count(tmp_path, monkeypatch):
-    for i, missing in enumerate(("model.safetensors", "tokenizer*", "config.json")):
-        for file in save_tiny_model(tmp_path / str(i)).glob(missing):
-            file.unlink()
-        with pytest.raises(UserError, match=r"^this is to blame: ."):
-            cppo.load_model_and_tokenizer(tmp_path / str(i), "this is to blame")
+def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_path):
     folder = save_tiny_model(tmp_path)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
         settings = {"eos_token_id": ids, "temperature": 0.6}  # some are like that
         (folder / "generation_config.json").write_text(json.dumps(settings))
         model, tokenizer = cppo.load_model_and_tokenizer(folder, "")
         assert model.generation_config.eos_token_id == want and not model.training
+        assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
+        assert tokenizer.decode(tokenizer(FORM).input_ids) == FORM
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
+    def refused(says):
+        with pytest.raises(UserError, match=f"^this is to blame: .*{says}"):
+            cppo.load_model_and_tokenizer(folder, "this is to blame")
+
+    for missing in ("model.safetensors", "tokenizer*", "config.json"):
+        folder = save_tiny_model(tmp_path / missing.strip("*"))
+        for file in folder.glob(missing):
+            file.unlink()
+        refused(".")
+    folder = save_tiny_model(tmp_path / "folder")
+    weights = safetensors.torch.load_file(file := folder / "model.safetensors")
+    norm = weights.pop("model.norm.weight") / 0
+    whole = weights | {"model.norm.weight": norm}
+    lacks = r"it lacks weights: .*'model\.norm\.w"
+    for some, says in ((weights, lacks), (whole, "are inf or nan")):
+        safetensors.torch.save_file(some, file, {"format": "pt"})
+        refused(says)
+    tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
+    refused("its tokenizer does not give back '<think>1 2<")
+    _, tokenizer = cppo.tiny_model_and_tokenizer()
     tokenizer.eos_token = None
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
-    with pytest.raises(UserError, match="no EOS token"):
-        cppo.load_model_and_tokenizer(folder, "")
+    refused("no EOS token")
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -999,17 +1011,12 @@ def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeyp
     assert resumed(tmp_path)[1]["step"] == 3 and not any(tmp_path.glob("*.tmp"))
 
 
-def test_a_checkpoint_that_cannot_be_read_is_one_line_that_says_what_to_do(tmp_path):
-    for step in (0, 1, 2):
-        save(tmp_path, step)
-    file = tmp_path / "checkpoint-2/trainer_state.pt"
+def test_a_checkpoint_is_read_without_running_what_its_pickle_says(tmp_path):
+    save(tmp_path, 0)
     attack = type("Attack", (), {"__reduce__": lambda _: (os.mkdir, (str(tmp_path / "hacked"),))})
-    torch.save({"step": 2, "config": {}, "asked": [attack()]}, tmp_path / "hostile")
-    hostile = (tmp_path / "hostile").read_bytes()  # whole, but for a call in its pickle
-    for content in (b"", file.read_bytes()[:100], hostile):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=r"-2/\w+\.pt cannot be read; delete that checkpoint"):
-            resumed(tmp_path)
+    torch.save({"asked": [attack()]}, tmp_path / "checkpoint-0/trainer_state.pt")
+    with pytest.raises(UserError, match=r"-0/\w+\.pt cannot be read; delete that checkpoint"):
+        resumed(tmp_path)
     assert not (tmp_path / "hacked").exists()
 
 
@@ -1077,9 +1084,6 @@ def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likel
 
 
 # --- What people report of such programs ---------------------------------------------------------
-FORM = "<think>1 2</think>\n<answer>3</answer>"
-
-
 def scored(monkeypatch, tokenizer, question, *completions) -> list[Completion]:
     model, _ = cppo.load_model_and_tokenizer(None, "")
     cppo.encode_prompts([question], tokenizer)
@@ -1156,12 +1160,6 @@ def test_the_wait_for_the_slowest_sampler_is_not_training_time(monkeypatch):
     assert metrics == {"sample_seconds": 101, "train_seconds": 30, "step_seconds": 131}
 
 
-def test_entropy_is_minus_the_mean_log_probability_of_sampled_tokens():
-    sampled = [Completion([], [5], [-1.0]), Completion([], [5, 6, 1], [-2.0, -3.0, -4.0])]
-    metrics = cppo.step_metrics([], sampled, 1, Counter(), config(group_size=2))
-    assert metrics["entropy"] == 10 / 4
-
-
 def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffix(tmp_path):
     def read(*answers, file="a.jsonl"):
         text = "\n".join(json.dumps({"question": "q", "answer": answer}) for answer in answers)
@@ -1181,24 +1179,6 @@ def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffi
     for file in ("rows.txt", "rows"):
         with pytest.raises(UserError, match=f"{file}: give a .*its name ends in none of these"):
             read(*texts, file=file)
-
-
-def test_a_folder_loads_as_it_was_saved_and_what_lacks_something_is_refused(tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
-    weights = safetensors.torch.load_file(file := folder / "model.safetensors")
-    model, tokenizer = cppo.load_model_and_tokenizer(folder, "what")
-    assert tokenizer.decode(tokenizer(FORM).input_ids) == FORM
-    assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
-    norm = weights.pop("model.norm.weight") / 0
-    whole = weights | {"model.norm.weight": norm}
-    lacks = r"it lacks weights: .*'model\.norm\.w"
-    for some, says in ((weights, lacks), (whole, "are inf or nan")):
-        safetensors.torch.save_file(some, file, {"format": "pt"})
-        with pytest.raises(UserError, match=f"--model .*{says}"):
-            cppo.train(config(model=str(folder), output_dir=str(tmp_path / "run"), eval_only=True))
-    tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
-    with pytest.raises(UserError, match="what: its tokenizer does not give back '<think>1 2<"):
-        cppo.load_model_and_tokenizer(folder, "what")
 
 
 @pytest.mark.parametrize(
@@ -1299,17 +1279,14 @@ def test_clip_higher_lifts_the_upper_bound_alone():
         A, mask = torch.tensor([advantage], dtype=F64), torch.tensor([[True]])
         losses, _ = loss(log_probs, old, None, A, mask, 0.2, 0.0, 0.28)
         assert losses.tolist() == pytest.approx([want]), f"rho {ratio}, A {advantage}: {why}"
-    # the rest is as in cppo_loss: KL, means over own tokens, gradient, statistics
+    # the rest is as in cppo_loss
     torch.manual_seed(0)
-    old, ref = torch.randn(2, 6, 5, dtype=F64)
-    log_probs = (old + 0.4 * torch.randn(6, 5, dtype=F64)).requires_grad_()
-    A, lengths = torch.randn(6, dtype=F64), torch.tensor([1, 2, 3, 4, 5, 5])
-    mask = torch.arange(5) < lengths[:, None]
-    losses, statistics = loss(log_probs, old, ref, A, mask, 0.1, 0.04, 0.3)
-    want, means = wrong_loss("nothing")(log_probs, old, ref, A, mask, 0.1, 0.04, 0.3)
+    log_probs, old, ref = torch.randn(3, 6, 5, dtype=F64)
+    log_probs.requires_grad_()
+    A, mask = torch.randn(6, dtype=F64), torch.arange(5) < torch.tensor([1, 2, 3, 4, 5, 5])[:, None]
+    how = log_probs, old, ref, A, mask, 0.1, 0.04, 0.3
+    (losses, _), (want, _) = loss(*how), wrong_loss("nothing")(*how)
     close(losses, want.detach(), "KL, 1/|o_i| and bounds that are given, as in cppo_loss")
-    for name in ("kl", "clip_fraction"):
-        close(statistics[name], means[name], f"{name}: the mean over a completion's own tokens")
     gradients = (torch.autograd.grad(x.sum(), log_probs)[0] for x in (losses, want))
     close(*gradients, "the gradient flows through rho and KL")
 
@@ -1686,19 +1663,15 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
 
 @pytest.mark.slow
 def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(tmp_path):
-    for i, (accident, says) in enumerate((
-        ("raise RuntimeError('boom')", "RuntimeError: boom"),
-        ("return real(r) + float('inf')", "cppo.py: step 1: lower --learning_rate"),
-    )):  # fmt: skip
-        script = tmp_path / f"accident{i}.py"
-        script.write_text(
-            f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
-            f"real = cppo.group_advantages\ndef accident(r):\n    {accident}\n"
-            "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
-        )
-        result = run(*RUN, "--output_dir", tmp_path / str(i), script=[str(script)], ranks=2)
-        assert result.returncode != 0 and says in result.stderr
-        assert [m["step"] for m in read_metrics(tmp_path / str(i))] == [0, 0]
+    script = tmp_path / "accident.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
+        "def accident(_):\n    raise RuntimeError('boom')\n"
+        "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
+    )
+    result = run(*RUN, "--output_dir", tmp_path / "run", script=[str(script)], ranks=2)
+    assert result.returncode != 0 and "RuntimeError: boom" in result.stderr
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 0]
 
 
 @pytest.mark.slow
