@@ -650,13 +650,6 @@ def update(learner, rows, N, config):
     return means
 
 
-@torch.no_grad()
-def refresh(sampler, model):
-    """Gives the sampler the model's weights, rounded to its dtype. In float32 they are one."""
-    for old, new in zip(sampler.parameters(), model.parameters(), strict=True):
-        old.copy_(new)
-
-
 # --- One step -------------------------------------------------------------------------------------
 def cppo_step(learner, tokenizer, stream, config):
     """The paper's algorithm: collect a batch, update the policy, refresh the sampler. Returns the
@@ -674,7 +667,7 @@ def cppo_step(learner, tokenizer, stream, config):
     collected = time.perf_counter()
 
     means = update(learner, kept, N, config)
-    refresh(learner.sampler, learner.model)
+    learner.sampler.load_state_dict(learner.model.state_dict())  # which rounds to bfloat16
     end = time.perf_counter()
 
     seconds = {"sample_seconds": collected - start, "train_seconds": end - collected}
@@ -732,8 +725,7 @@ def load_table(source, split):
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
-    kind = Path(source).suffix.lower()[1:]
-    kind = "json" if kind == "jsonl" else kind
+    kind = Path(source).suffix.lower()[1:].replace("jsonl", "json")
     if kind in ("parquet", "json", "csv"):
         # A path that exists is no pattern, whatever brackets are in it.
         file = glob.escape(source) if Path(source).exists() else source
@@ -874,10 +866,8 @@ def question_stream(questions, seed):
     """This rank's endless share of the questions. Every epoch is shuffled and dealt out to the
     ranks like cards, so that no question comes twice in it."""
     for epoch in itertools.count():
-        shuffle = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(len(questions), generator=shuffle)
-        for i in order[RANK::WORLD_SIZE].tolist():
-            yield questions[i]
+        shuffled = random.Random(f"{seed} {epoch}").sample(questions, len(questions))
+        yield from shuffled[RANK::WORLD_SIZE]
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -1017,7 +1007,7 @@ def say(text):
 
 def progress_bar(iterable, name):
     """A bar on the first rank's terminal; in a file or a pipe there is none."""
-    return tqdm(iterable, name, leave=False, disable=None if RANK == 0 else True)
+    return tqdm(iterable, name, leave=False, disable=RANK > 0 or None)
 
 
 # --- Warm start and evaluation --------------------------------------------------------------------
