@@ -3,22 +3,22 @@
 GRPO trains a language model, the policy, on its own attempts. It samples a group of G completions
 of each question and rewards each of them. The advantage A of a completion says how far its reward
 lies above or below the mean of its group. The loss makes the tokens of completions with A > 0
-likelier, of those with A < 0 less likely. It compares the policy with two older states of itself:
-pi_old, which sampled the completions, and the reference pi_ref, where the run began, from which
-the policy should not stray far.
+likelier, of those with A < 0 less likely, in mu steps of the optimizer. It compares the policy with
+two older states of itself: pi_old, which sampled the completions, and the reference pi_ref, where
+the training began, from which the policy should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
-completions of each question with the largest |A|. A completion's gradient is A times that of its
-log-probability, so a small |A| hardly teaches, and A is known before any of the expensive passes.
-All G are still sampled; what is saved, for each question, comes after:
+completions of each question with the largest |A|. At first a completion's gradient is A times that
+of its log-probability, so a small |A| hardly teaches, and A is known before any of the expensive
+passes. All G are still sampled; what is saved, for each question, comes after:
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
     CPPO                     G          k            k mu
 
 A step trains N completions, so it asks N / k questions where GRPO asks N / G. That is the refill:
-the room that pruning frees goes to further questions. A step trains as many rows as GRPO's, samples
-more, and learns from G / k times as many questions.
+the room that pruning frees goes to further questions. So a step costs no less than GRPO's, it even
+samples more; but the same questions need only k / G as many steps.
 
     python cppo.py                          additions, on a laptop, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
@@ -36,6 +36,10 @@ The equations, each again beside the line that computes it:
     (4)  KL_t = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1
     (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
                                                   - beta KL_t }
+
+P is the pruning rate. From the second of the mu steps on, pi_old is no longer the policy: rho makes
+up for that, and once a token has moved by eps in the direction of A, the clip ends its pull. KL_t
+estimates KL(pi_theta || pi_ref) from the one token that was sampled, and is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO.
 Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
@@ -214,6 +218,7 @@ class Config:
 
 
 # === Part 1: CPPO =================================================================================
+# Of Part 2 it uses TASKS, progress_bar, over_ranks and step_metrics.
 @dataclass
 class Question:
     """One question. The prompt is plain text, or messages for the tokenizer's chat template."""
@@ -306,12 +311,12 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     padded = torch.tensor(padded, device=device)  # (Q, L)
     input_ids = padded.clamp(min=0)  # (Q, L)
     attention_mask = (padded >= 0).long()  # (Q, L)
-    # Not the number 1, whose slice of the prompts is not contiguous: in bfloat16 on a CPU the last
-    # layer's weights would then be copied for each prompt.
-    last = torch.tensor([-1], device=device)
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
+    # Only the last token's logits. As an index, because logits_to_keep=1 makes a slice, which is not
+    # contiguous: on a CPU in bfloat16 it would copy the last layer's weights for each prompt.
+    last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
     running = list(completions)  # those that have a row in the tensors, R of them
@@ -458,8 +463,8 @@ def collect_batch(draw, stream, room, config):
     `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
     that this rank trains in a step. Returns the kept ones (at most `room`), all sampled ones, and
     the rounds. As each question keeps k, a single round asks all the questions that it takes. Only
-    if gamma drops some is there room for another round, of MAX_REFILL_ROUNDS at most. In the end
-    fewer than k rows may stay empty."""
+    if gamma drops some is there room for another round. In the end fewer than k rows stay empty, or
+    more after MAX_REFILL_ROUNDS: if all groups are dead, all."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -532,8 +537,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so logits are computed only where they predict a completion's token. The model
-    # takes hidden[predicts] before its last layer: M = sum_i |o_i| places of the B x T.
+    # V is large, so logits are computed only where they predict a completion's token. Models of
+    # transformers 5 take a bool mask too: hidden[predicts], M = sum_i |o_i| places of the B x T.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -632,8 +637,8 @@ def optimizer_step(learner, N, config):
 
 
 def update(learner, rows, N, config):
-    """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns, as means
-    over the mu steps, accumulate_gradient's sums and `grad_norm`."""
+    """mu optimizer steps on eq. 5, over this rank's rows of the N of all ranks. Returns
+    accumulate_gradient's sums and `grad_norm`, averaged over the mu steps."""
     parts = pack(rows, config.tokens_per_microbatch)
     batches = [make_batch(part, learner.model.device) for part in parts]
     if config.beta > 0:  # pi_ref, the same in all mu iterations
@@ -641,13 +646,13 @@ def update(learner, rows, N, config):
             for batch in batches:
                 batch.ref_log_probs = token_log_probs(learner.reference, batch, config.temperature)
 
-    means = Counter()
+    averages = Counter()
     for _ in range(config.num_iterations):
         sums = accumulate_gradient(learner, batches, N, config)
         sums["grad_norm"] = optimizer_step(learner, N, config)
         for name, value in sums.items():
-            means[name] += value / config.num_iterations
-    return means
+            averages[name] += value / config.num_iterations
+    return averages
 
 
 # --- One step -------------------------------------------------------------------------------------
@@ -662,17 +667,18 @@ def cppo_step(learner, tokenizer, stream, config):
         return rollout(learner.sampler, tokenizer, questions, config, G, temperature)
 
     kept, sampled, rounds = collect_batch(draw, stream, room, config)
-    # Ranks wait here for the slowest sampler, so that the clock of training is training's alone.
+    # How many all ranks have kept. They wait here for the slowest, before the clock of training.
     N = sum(over_ranks(len(kept)))
     collected = time.perf_counter()
 
-    means = update(learner, kept, N, config)
-    learner.sampler.load_state_dict(learner.model.state_dict())  # which rounds to bfloat16
+    row_sums = update(learner, kept, N, config)
+    # This rounds to the sampler's dtype. In float32 the two are one, and nothing changes.
+    learner.sampler.load_state_dict(learner.model.state_dict())
     end = time.perf_counter()
 
+    metrics = step_metrics(kept, sampled, rounds, row_sums, config)
     seconds = {"sample_seconds": collected - start, "train_seconds": end - collected}
-    seconds["step_seconds"] = end - start
-    return step_metrics(kept, sampled, rounds, means, config) | seconds, sampled
+    return metrics | seconds | {"step_seconds": end - start}, sampled
 
 
 # === Part 2: the program ==========================================================================
@@ -749,11 +755,13 @@ def table_questions(system, form, source, split):
             question, problem, answer, solution = (
                 cell_text(row.get(name), f"row {i}: {name}") for name in COLUMNS
             )
-            text, whole = question or problem, solution or answer
-            think, marks, final = whole.rpartition("####")  # no marks: all of it is `final`
-            if not marks and (solution or boxed(whole)):
+            text = question or problem
+            whole = solution or answer
+            # "steps #### 72" as in GSM8K, or a bare answer: without marks all of it is `final`
+            think, marks, final = whole.rpartition("####")
+            if not marks and (solution or boxed(whole)):  # "steps \boxed{72}" as in MATH
                 think, final = whole, boxed(whole) or ""
-            if not (solution and answer):
+            if not (solution and answer):  # where there are both, `answer` says it
                 answer = final.strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
@@ -832,9 +840,10 @@ def load_questions(config):
         train = task.questions(config.train_data, "train")
     if config.eval_questions != 0:
         test = task.questions(config.test_data, "test")[: config.eval_questions]
+    if not train + test:
+        raise UserError(f"--task {config.task} has no questions")
     # A reward that cannot work (math-verify is missing, say) fails here, before a model is loaded.
-    for question in (train + test)[:1]:
-        task_reward("<answer>\\boxed{?}</answer>", question.answer, config.task)
+    task_reward("<answer>\\boxed{?}</answer>", (train + test)[0].answer, config.task)
     return train, test
 
 
@@ -1052,9 +1061,9 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 
 # --- What a run writes ----------------------------------------------------------------------------
-def step_metrics(kept, sampled, rounds, means, config):
+def step_metrics(kept, sampled, rounds, row_sums, config):
     """A step's counts over all ranks, and averages over completions, None if nothing was kept.
-    `means` are update's: sums over this rank's kept completions, and the gradient's norm."""
+    `row_sums` are update's: sums over this rank's kept completions, and the gradient's norm."""
     rewards_QG = torch.tensor([c.reward for c in sampled]).view(-1, config.group_size)
     counts = {
         "questions": len(rewards_QG),
@@ -1075,7 +1084,7 @@ def step_metrics(kept, sampled, rounds, means, config):
         },
         "kept": {
             "abs_advantage_kept": sum(abs(c.advantage) for c in kept),
-            **{name: means[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")},
+            **{name: row_sums[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")},
         },
         # The mean of -log p over sampled tokens estimates the entropy of the next token.
         "sampled_tokens": {"entropy": -sum(sum(c.log_probs) for c in sampled)},
@@ -1086,7 +1095,7 @@ def step_metrics(kept, sampled, rounds, means, config):
         for name in own:
             total = sum(each[count][name] for _, each in everyone)
             metrics[name] = total / metrics[count] if metrics[count] else None
-    metrics["grad_norm"] = means["grad_norm"] if metrics["kept"] else None
+    metrics["grad_norm"] = row_sums["grad_norm"] if metrics["kept"] else None
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return metrics
@@ -1220,8 +1229,7 @@ def set_up(config):
     check_fit(model, tokenizer, questions + test_questions, config)
     say(f"cppo: {config.task}, {WORLD_SIZE} rank(s), {device.type}, {config.dtype}; {left_out}")
     model.to(device)
-    for question in (questions + test_questions)[:1]:
-        check_sampler(model, question.prompt_ids, config)
+    check_sampler(model, (questions + test_questions)[0].prompt_ids, config)
     return Run(folder, checkpoint, state, model, tokenizer, questions, test_questions)
 
 
