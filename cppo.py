@@ -314,7 +314,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # Only the last token's logits. As an index, because logits_to_keep=1 makes a slice, which is not
+    # The last token's logits alone. As an index, because logits_to_keep=1 takes a slice that is not
     # contiguous: on a CPU in bfloat16 it would copy the last layer's weights for each prompt.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
