@@ -211,6 +211,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--output_dir", "full", "--resume"], "--output_dir full is not empty"),
         (["--output_dir", "full/file/run"], "--output_dir full/file/run cannot be written"),
         (["--task", "bare"], "--warm_start_steps must be 0"),
+        (["--task", "empty"], "--task empty has no questions"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypatch, capsys):
@@ -219,9 +220,9 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
     (tmp_path / "full/file").write_text("precious")
     if flags[0] == "--train_data":
         flags = [*flags, "--model", save_tiny_model(tmp_path / "model")]
-    bare = cppo.Task(lambda *_: [Question("1+1=", "2")], cppo.accuracy_reward,
-                     cppo.TASKS["arithmetic"].defaults)  # fmt: skip
-    monkeypatch.setitem(cppo.TASKS, "bare", bare)
+    for task, questions in (("bare", [Question("1+1=", "2")]), ("empty", [])):
+        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
+        monkeypatch.setitem(cppo.TASKS, task, own)
     before = sorted(tmp_path.rglob("*"))
     status, error = command_line(monkeypatch, capsys, "--output_dir", "out", *flags)
     assert status == 2
@@ -308,9 +309,11 @@ def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
     model = tiny("Qwen2")
     shapes, forward = [], model.forward
     model.forward = lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(**kw)
+    whole = []  # else bfloat16 on a CPU copies the last layer's weights for each prompt
+    model.lm_head.register_forward_pre_hook(lambda _, x: whole.append(x[0].is_contiguous()))
     torch.manual_seed(0)
     cppo.sample_completions(model, PROMPTS, 8, 30, 1.0, [1, 2, 3, 4])
-    assert shapes[0] == (4, 5)  # Q prompts, not Q G
+    assert shapes[0] == (4, 5) and all(whole)  # Q prompts, not Q G
     live = [rows for rows, width in shapes[1:] if width == 1]
     assert len(live) == len(shapes) - 1 and live[0] <= 32 and live[-1] < 8
     assert live == sorted(live, reverse=True)
