@@ -661,7 +661,7 @@ def test_the_readmes_group_worked_by_hand():
     assert f"| mean over N = 2 | {first.mean():.4f} | | | | | {second.mean():.4f} |" in readme
 
 
-def test_a_steps_numbers_by_hand():
+def test_a_steps_numbers_by_hand(monkeypatch):
     settings = config(group_size=4, pruning_rate=0.75)
     draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
     rows, sampled, rounds = cppo.collect_batch(draw, stream(), 2, settings)
@@ -677,6 +677,12 @@ def test_a_steps_numbers_by_hand():
     }  # fmt: skip
     nothing = cppo.step_metrics([], sampled, 4, Counter(grad_norm=0.0), settings)
     assert nothing["loss"] is nothing["abs_advantage_kept"] is nothing["grad_norm"] is None
+    monkeypatch.setattr(cppo, "over_ranks", lambda own: [own, own])
+    both = cppo.step_metrics(rows, sampled, rounds, means, settings)
+    counts = [name for name in both if both[name] == 2 * metrics[name] != 0]
+    assert {*counts} == {"questions", "sampled", "kept", "dead_groups", "refill_rounds",
+                         "sampled_tokens", "trained_tokens"}  # fmt: skip
+    assert all(both[name] == metrics[name] for name in {*both} - {*counts})
 
 
 SPLITS = 5, 12, 1  # of 12 rows, so many are the first rank's
@@ -1148,16 +1154,24 @@ def test_a_model_whose_cache_is_not_understood_is_refused_also_to_evaluate(monke
             cppo.set_up(settings)
 
 
-def test_the_wait_for_the_slowest_sampler_is_not_training_time(monkeypatch):
-    clock = Counter()
+def test_N_counts_the_rows_of_all_ranks_and_the_wait_for_them_is_not_training_time(monkeypatch):
+    clock, given = Counter(), {}
+
+    def fake(name, takes, result):
+        def function(*arguments):
+            clock["now"] += takes
+            given[name] = arguments
+            return result
+
+        monkeypatch.setattr(cppo, name, function)
+
     monkeypatch.setattr(cppo.time, "perf_counter", lambda: clock["now"])
-    for name, takes, result in (
-        ("collect_batch", 1, ([], [], 1)), ("over_ranks", 100, [0, 0]), ("update", 10, None),
-        ("step_metrics", 1000, {}),
-    ):  # fmt: skip
-        fake = lambda *_, takes=takes, result=result: clock.update(now=takes) or result  # noqa: E731
-        monkeypatch.setattr(cppo, name, fake)
+    fake("collect_batch", 1, (["a row"] * 3, [], 1))
+    fake("over_ranks", 100, [3, 4])
+    fake("update", 10, None)
+    fake("step_metrics", 1000, {})
     metrics, _ = cppo.cppo_step(learner_of(tiny("Llama")), None, iter(()), config())
+    assert given["over_ranks"] == (3,) and given["update"][1:3] == (["a row"] * 3, 7)
     assert metrics == {"sample_seconds": 101, "train_seconds": 10, "step_seconds": 111}
 
 
@@ -1232,7 +1246,7 @@ def test_resume_keeps_out_of_a_folder_in_use_and_of_changed_questions(one_step, 
     before = metrics.read_text()
     cppo.train(one_step)  # there is nothing left to do
     with open(metrics.with_name("lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)
         with pytest.raises(UserError, match="in use by another process"):
             cppo.train(one_step)
     changed = [Question("1+2=", "4")] * 99
@@ -1522,6 +1536,7 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert steps[-1]["epoch"] == 640 / 2560
     assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
     assert max(step["sampling_gap"] for step in steps) < 1e-4
+    assert max(step["kl"] for step in steps) > 1e-3  # the reference stays behind
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "640 questions, 0.0"):
         assert line in result.stdout
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
@@ -1543,7 +1558,7 @@ def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(task, math
               "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
         *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
-        "--max_prompt_tokens", 11, "--warm_start_steps", 1, PYTHONPATH=math_verify,
+        "--max_prompt_tokens", 7, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{task}, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
@@ -1571,6 +1586,7 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
     assert all(step["reward"] > step["format"] + 2 * step["accuracy"] for step in steps)  # it pays
     assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # in 12 of the 80 steps
+    assert (folder / "checkpoint-12").exists()  # though it saves each 20
 
 
 @pytest.mark.slow
