@@ -1524,7 +1524,7 @@ STEP_KEYS = """
 @pytest.mark.slow
 @grades("answers", "advantages", "pruning", "masks", "loss", "refill")
 def test_the_main_job_learns_to_carry(tmp_path):
-    result = run("--output_dir", tmp_path / "run")
+    result = run("--output_dir", tmp_path / "run", OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
     _, before, *steps, after = read_metrics(tmp_path / "run")
@@ -1558,7 +1558,7 @@ def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(task, math
               "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
         *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
-        "--max_prompt_tokens", 7, "--warm_start_steps", 1, PYTHONPATH=math_verify,
+        "--max_prompt_tokens", 11, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert f"{task}, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
@@ -1580,7 +1580,7 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     (tmp_path / "sort_digits.py").write_text(code)
     script, folder = [str(tmp_path / "sort_digits.py")], tmp_path / "run"
     arguments = "--task", "sort", "--steps", 12, "--output_dir", folder
-    result = run(*arguments, script=script, PYTHONPATH=str(ROOT))
+    result = run(*arguments, script=script, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="2")
     assert result.returncode == 0, result.stderr
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
