@@ -1545,8 +1545,7 @@ def test_the_main_job_learns_to_carry(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(task, math_verify, tmp_path):
+def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(math_verify, tmp_path):
     file, folder = tmp_path / "a.jsonl", tmp_path / "run"
     model = save_tiny_model(tmp_path / "model")
     template = "{% for m in messages %}{{ m.content[-12:] }}{% endfor %}"
@@ -1554,14 +1553,14 @@ def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(task, math
     rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
     rows.append({"problem": "0123456789+0", "solution": "#### 1"})
     file.write_text("\n".join(map(json.dumps, rows)))
-    common = ("--task", task, "--model", model, "--test_data", file, "--output_dir", folder,
+    common = ("--task", "math", "--model", model, "--test_data", file, "--output_dir", folder,
               "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
         *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
         "--max_prompt_tokens", 11, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert f"{task}, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
+    assert "math, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_questions"] == after["eval_questions"] == 13  # none is left out here
     assert [s["epoch"] for s in steps] == [1 / 3, 2 / 3, 1.0]  # --steps unset: one epoch
@@ -1599,11 +1598,6 @@ def test_a_students_module_is_graded_in_place_of_cppo_py(tmp_path):
                  "advantages and not slow", script=[], **mine)  # fmt: skip
     (says,) = re.findall(r"AssertionError: (.*?) \.\.\.", readme)
     assert graded.returncode == 1 and "AssertionError: " + says in graded.stdout, graded.stdout
-    # whole jobs run with it too
-    (tmp_path / "mine.py").write_text("def prune(*_, **__):\n    raise RuntimeError('mine')\n")
-    script = [str(ROOT / "test_cppo.py"), "--main"]
-    job = run(*RUN, "--output_dir", tmp_path / "run", script=script, **mine)
-    assert job.returncode == 1 and "RuntimeError: mine" in job.stderr
 
 
 RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_questions 32".split()
@@ -1653,7 +1647,7 @@ def wait_for(process: subprocess.Popen, happened):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole_run, tmp_path):
-    # CPPO_KILLS=20 pytest -k killed_at_random is the long form.
+    # CPPO_KILLS=20 pytest is the long form.
     kills, seed = int(os.environ.get("CPPO_KILLS", "2")), time.time_ns()
     print("seed", seed)  # shown if it fails
     rng = random.Random(seed)
@@ -1705,6 +1699,7 @@ def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("CPPO_KILLS" not in os.environ, reason="only in the long form, CPPO_KILLS=20")
 def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_run, tmp_path):
     script = [RUN_MULTI_GPU]
     with socket.socket() as s:
