@@ -1068,6 +1068,11 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
         cppo.train(config(output_dir=str(tmp_path), steps=3, save_every=1, **SHORT))
     assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1]
     cppo.load_model_and_tokenizer(tmp_path / "checkpoint-1", "")
+    learner = learner_of(tiny("Llama"))
+    for p in learner.model.parameters():
+        p.grad = torch.full_like(p, math.inf)  # above it was nan
+    with pytest.raises(FloatingPointError):
+        cppo.optimizer_step(learner, 1, config())
     log_probs = cppo.token_log_probs
     monkeypatch.setattr(cppo, "token_log_probs", lambda *a: log_probs(*a) * math.nan)
     monkeypatch.setattr(cppo, "check_sampler", lambda *_: None)
