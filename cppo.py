@@ -661,11 +661,8 @@ def cppo_step(learner, tokenizer, stream, config):
     step's metrics, and all completions that this rank has sampled."""
     start = time.perf_counter()
     room = config.batch_size // WORLD_SIZE
-
-    def draw(questions):
-        G, temperature = config.group_size, config.temperature
-        return rollout(learner.sampler, tokenizer, questions, config, G, temperature)
-
+    how = {"group_size": config.group_size, "temperature": config.temperature}
+    draw = partial(rollout, learner.sampler, tokenizer, config=config, **how)
     kept, sampled, rounds = collect_batch(draw, stream, room, config)
     # How many all ranks have kept. They wait here for the slowest, before the clock of training.
     N = sum(over_ranks(len(kept)))

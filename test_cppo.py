@@ -1035,10 +1035,10 @@ SHORT = dict(warm_start_steps=0, batch_size=8, eval_questions=0, max_completion_
 def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeypatch):
     asked, seeds, real, folder = [], [], cppo.rollout, tmp_path / "run"
 
-    def rollout(*arguments):
+    def rollout(*arguments, **how):
         asked.extend(arguments[2])
         seeds.append(torch.initial_seed())
-        return real(*arguments)
+        return real(*arguments, **how)
 
     monkeypatch.setattr(cppo, "rollout", rollout)
     folder.mkdir()
