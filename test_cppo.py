@@ -1529,7 +1529,7 @@ STEP_KEYS = """
 @pytest.mark.slow
 @grades("answers", "advantages", "pruning", "masks", "loss", "refill")
 def test_the_main_job_learns_to_carry(tmp_path):
-    result = run("--output_dir", tmp_path / "run", OMP_NUM_THREADS="2")
+    result = run("--output_dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
     _, before, *steps, after = read_metrics(tmp_path / "run")
@@ -1584,7 +1584,7 @@ def test_the_readmes_own_task_learns_to_sort(tmp_path):
     (tmp_path / "sort_digits.py").write_text(code)
     script, folder = [str(tmp_path / "sort_digits.py")], tmp_path / "run"
     arguments = "--task", "sort", "--steps", 12, "--output_dir", folder
-    result = run(*arguments, script=script, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="2")
+    result = run(*arguments, script=script, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
