@@ -3,22 +3,22 @@
 GRPO trains a language model, the policy, on its own attempts. It samples a group of G completions
 of each question and rewards each of them. The advantage A of a completion says how far its reward
 lies above or below the mean of its group. The loss makes the tokens of completions with A > 0
-likelier, of those with A < 0 less likely, in mu steps of the optimizer. It compares the policy with
-two older states of itself: pi_old, which sampled the completions, and the reference pi_ref, where
-the training began, from which the policy should not stray far.
+likelier, of those with A < 0 less likely; the optimizer goes mu times over each batch. The loss
+compares the policy with two older states of itself: pi_old, which sampled the completions, and the
+reference pi_ref, where the training began, from which the policy should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
-completions of each question with the largest |A|. At first a completion's gradient is A times that
-of its log-probability, so a small |A| hardly teaches, and A is known before any of the expensive
-passes. All G are still sampled; what is saved, for each question, comes after:
+completions of each question with the largest |A|. While the policy still is pi_old, a completion's
+gradient is A times that of its log-probability, so a small |A| hardly teaches; and A is known
+before any of the expensive passes. All G are still sampled; what is saved comes after:
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
     CPPO                     G          k            k mu
 
-A step trains N completions, so it asks N / k questions where GRPO asks N / G. That is the refill:
-the room that pruning frees goes to further questions. So a step costs no less than GRPO's, it even
-samples more; but the same questions need only k / G as many steps.
+The saving is per question. A training step, whose batch is N completions, costs no less than
+GRPO's: the room that pruning frees goes to further questions, N / k of them where GRPO asks N / G.
+That is the refill. So the same questions need only k / G as many steps.
 
     python cppo.py                          additions, on a laptop, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
@@ -37,9 +37,9 @@ The equations, each again beside the line that computes it:
     (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
                                                   - beta KL_t }
 
-P is the pruning rate. From the second of the mu steps on, pi_old is no longer the policy: rho makes
-up for that, and once a token has moved by eps in the direction of A, the clip ends its pull. KL_t
-estimates KL(pi_theta || pi_ref) from the one token that was sampled, and is never below 0.
+P is the pruning rate. From the second of the mu iterations on, pi_old is no longer the policy: rho
+makes up for that, and once a token has moved by eps in the direction of A, the clip ends its pull.
+KL_t estimates KL(pi_theta || pi_ref) from the one sampled token, and is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO.
 Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
@@ -109,14 +109,12 @@ def blame(what, kind=Exception):
     try:
         yield
     except kind as error:
-        reason = str(error) or repr(error)  # StopIteration, say, comes without a message
-        raise UserError(f"{what}: {reason}") from error
+        raise UserError(f"{what}: {str(error) or repr(error)}") from error
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
 def flag(default, text, interval=None):
-    """A dataclass field that HfArgumentParser turns into a flag. A number must lie in the interval
-    [low, high), which --help shows as its metavar."""
+    """A field of Config, which HfArgumentParser makes a flag. A number must lie in the interval."""
     return field(default=default, metadata={"help": text, "metavar": interval})
 
 
@@ -135,7 +133,7 @@ class Config:
     batch_size: int | None = flag(None, "N: completions trained a step, by all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
-    gamma: float = flag(0.0, "of the k, only |A| >= gamma stay", "[0, inf)")
+    gamma: float = flag(0.0, "of the k, those with |A| < gamma are dropped; 0: none", "[0, inf)")
     prune_by: Literal["abs_advantage", "advantage", "random", "smallest"] = flag(
         "abs_advantage", "keep the largest |A|, the largest A, any, or the smallest |A|"
     )
@@ -197,13 +195,13 @@ class Config:
                 if not low <= value < high:
                     raise UserError(f"--{f.name} must be in {interval}, not {value}")
 
-        # A batch is whole questions, k completions of each, and as many on every rank.
+        # A batch is whole questions, k completions of each, and as many on every rank. The task's
+        # default is rounded to that; one that the user gave is refused.
         unit = WORLD_SIZE * self.num_kept
         self.batch_size = max(unit, self.batch_size // unit * unit)
         if given_batch_size not in (None, self.batch_size):
             nearest = f"{self.batch_size} or {self.batch_size + unit}"
-            what = f"a multiple of {unit}, ranks x k, such as {nearest}"
-            raise UserError(f"--batch_size {given_batch_size} must be {what}")
+            raise UserError(f"--batch_size must be a multiple of {unit}, ranks x k: {nearest}")
 
         if self.sample_batch < max(self.group_size, self.eval_samples):
             raise UserError("--sample_batch must be at least --group_size and --eval_samples")
@@ -213,8 +211,7 @@ class Config:
     @property
     def num_kept(self):
         """k = floor(G (1 - P)), at least 1 (eq. 2). 1e-9: G = 20, P = 0.8 is 3.9999 in floats."""
-        kept = self.group_size * (1 - self.pruning_rate)
-        return max(1, math.floor(kept + 1e-9))
+        return max(1, math.floor(self.group_size * (1 - self.pruning_rate) + 1e-9))
 
 
 # === Part 1: CPPO =================================================================================
@@ -314,8 +311,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # The last token's logits alone. As an index, because logits_to_keep=1 takes a slice that is not
-    # contiguous: on a CPU in bfloat16 it would copy the last layer's weights for each prompt.
+    # An index, as the slice of logits_to_keep=1 is not contiguous: slow in bfloat16 on CPUs.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -346,7 +342,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         # The ended ones lose their rows once they are a quarter: each time copies the cache.
         if len(unfinished) <= 0.75 * len(running):
             running = [running[row] for row in unfinished]
-            chosen = padded.new_tensor(unfinished)  # (R,)
+            chosen = torch.tensor(unfinished, device=device)  # (R,)
             cache.reorder_cache(chosen)
             tokens = tokens[chosen]
             attention_mask = attention_mask[chosen]
@@ -357,7 +353,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50, $-5 or 50%. Only runs of digits repeat, none twice in a row: linear time on any text.
+# -$1,234.50, $-5 or 50%. No repetition stands inside another: linear time on any text.
 NUMBER = re.compile(
     r"(?:([+-]?)\$?|\$([+-]))((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
@@ -391,8 +387,8 @@ def same_number(given, answer):
 
 
 def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5):
-    """2 if the text's answer is the right one to the letter, 1.5 if only as a number, else 0."""
-    given = extract_answer(text) if extract is None else extract(text)
+    """2 if the text's answer is right to the letter, `nearly` if it is the `same`, else 0."""
+    given = (extract or extract_answer)(text)
     if not given:
         return 0.0  # no answer is never right
     if given == answer:
@@ -441,10 +437,9 @@ def group_advantages(rewards_QG):
 
 
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
-    """True for the completions to train on (eq. 2), (Q, G) bool: of each question the k best by
-    `by` (of equal ones the first); of these, those with |A| < gamma go too. With gamma 0 all k
-    stay. |A|, because the gradient is A times that of the log-probability: far below the mean
-    teaches as much as far above it."""
+    """True for the completions to train on (eq. 2), (Q, G) bool: the k best of each question, of
+    equal ones the first; then those with |A| < gamma are dropped. The largest |A|, not A: what is
+    far below the mean of its group teaches as much as what is far above it."""
     abs_QG = advantages_QG.abs()
     if by == "random":
         score_QG = torch.rand_like(abs_QG)
@@ -462,15 +457,14 @@ def collect_batch(draw, stream, room, config):
 
     `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
     that this rank trains in a step. Returns the kept ones (at most `room`), all sampled ones, and
-    the rounds. As each question keeps k, a single round asks all the questions that it takes. Only
-    if gamma drops some is there room for another round. In the end fewer than k rows stay empty, or
-    more after MAX_REFILL_ROUNDS: if all groups are dead, all."""
+    the rounds. One round fills the room, unless gamma drops rows: then more questions are asked
+    while there is room for k rows, in MAX_REFILL_ROUNDS at most."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
         Q = (room - len(kept)) // k
         completions = draw(list(itertools.islice(stream, Q)))  # Q G
-        # In float64: the mean of a dead group's rewards, 0.1 each, must be 0.1, and A be 0.
+        # In float64: else a dead group of rewards 0.1 would get an A, its mean's rounding / 1e-4.
         rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)  # (Q G,)
         advantages_QG = group_advantages(rewards.view(Q, G))
         keep_QG = prune(advantages_QG, k, config.gamma, config.prune_by)
@@ -485,7 +479,7 @@ def collect_batch(draw, stream, room, config):
 # --- Log-probabilities ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """B rows: prompt, completion, padding on the right, which no token before it attends to.
+    """A micro-batch, B rows: prompt, completion, padding on the right, which no token attends to.
 
     A row with the prompt p q and the completion a b, padded to T = 5 and C = 3:
 
@@ -537,8 +531,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so logits are computed only where they predict a completion's token. Models of
-    # transformers 5 take a bool mask too: hidden[predicts], M = sum_i |o_i| places of the B x T.
+    # V is large, so logits are computed only where they predict a completion's token. With a bool
+    # mask models of transformers 5 do so: of B x T places they keep the M = sum_i |o_i| Trues.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -563,7 +557,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # It starts at exactly 0 in float32; in bfloat16 the reference's roundings differ.
+        # In bfloat16 it does not start at exactly 0: the reference's weights are rounded.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -577,7 +571,7 @@ class Learner:
     """The models of a run, and what moves them. In float32 on one rank the first three are one."""
 
     model: torch.nn.Module  # the trained weights, in float32
-    policy: torch.nn.Module  # the model; with several ranks inside DDP, which shares gradients
+    policy: torch.nn.Module  # the model; if there are several ranks, wrapped in DDP
     sampler: torch.nn.Module  # the model; in bfloat16 a rounded copy, refreshed after each step
     reference: torch.nn.Module | None  # pi_ref: a copy from before the first step; None: beta is 0
     optimizer: torch.optim.Optimizer
@@ -585,14 +579,14 @@ class Learner:
 
 
 def accumulate_gradient(learner, batches, N, config):
-    """Adds up the gradient of eq. 5 over this rank's micro-batches; N counts the rows of all ranks.
+    """Adds up the gradient of eq. 5 over this rank's micro-batches; N is the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
     |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
     sums = Counter()
     for batch in batches:
         if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
             learner.policy.require_backward_grad_sync = batch is batches[-1]
-        # Only products are bfloat16. The weights are float32: in bfloat16 1e-6 would not move them.
+        # Only products are bfloat16. Weights are float32: a step of 1e-6 is too small for bfloat16.
         is_bfloat16 = config.dtype == "bfloat16"
         with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
             log_probs = token_log_probs(learner.policy, batch, config.temperature)  # (B, C)
@@ -614,7 +608,7 @@ def accumulate_gradient(learner, batches, N, config):
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
-    if N and not batches:  # the other ranks wait for this one's gradients: zeros
+    if N and not batches:  # only other ranks have rows: they wait for this one's gradients, zeros
         token = torch.tensor([[0]], device=learner.model.device)
         logits = learner.policy(input_ids=token, use_cache=False).logits
         (0 * logits.sum()).backward()
@@ -664,7 +658,8 @@ def cppo_step(learner, tokenizer, stream, config):
     how = {"group_size": config.group_size, "temperature": config.temperature}
     draw = partial(rollout, learner.sampler, tokenizer, config=config, **how)
     kept, sampled, rounds = collect_batch(draw, stream, room, config)
-    # How many all ranks have kept. They wait here for the slowest, before the clock of training.
+    # N is what all ranks have kept, less than --batch_size only if gamma dropped some. They wait
+    # here for the slowest, before the clock of training starts.
     N = sum(over_ranks(len(kept)))
     collected = time.perf_counter()
 
@@ -683,7 +678,7 @@ def cppo_step(learner, tokenizer, stream, config):
 class Task:
     """A choice of --task. Your own script may add one to TASKS, and then call main()."""
 
-    questions: Callable  # (--train_data, "train") -> list of Question; or of --test_data, "test"
+    questions: Callable  # (--train_data, "train") or (--test_data, "test") -> list of Question
     answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right from 1.5 on
     defaults: dict  # of the flags without one: batch_size, learning_rate and so on, as in TASKS
 
@@ -692,7 +687,7 @@ class Task:
 def arithmetic_questions(source, split):
     """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
-    gets about the sums without a carry right; CPPO has to find the rest."""
+    gets little right but the sums without a carry; CPPO has to find the rest."""
     if source:
         raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
@@ -738,7 +733,7 @@ def load_table(source, split):
             options = {"converters": as_text, "keep_default_na": False, "index_col": False}
         return datasets.load_dataset(kind, data_files=file, split="train", **options)
     if Path(source).is_file():
-        raise ValueError("its name ends in none of these")
+        raise ValueError("it is another kind of file")
     return datasets.load_dataset(*source.split(":"), split=split)
 
 
@@ -753,10 +748,10 @@ def table_questions(system, form, source, split):
                 cell_text(row.get(name), f"row {i}: {name}") for name in COLUMNS
             )
             text = question or problem
+            # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone
             whole = solution or answer
-            # "steps #### 72" as in GSM8K, or a bare answer: without marks all of it is `final`
             think, marks, final = whole.rpartition("####")
-            if not marks and (solution or boxed(whole)):  # "steps \boxed{72}" as in MATH
+            if not marks and (solution or boxed(whole)):
                 think, final = whole, boxed(whole) or ""
             if not (solution and answer):  # where there are both, `answer` says it
                 answer = final.strip()
@@ -815,7 +810,7 @@ PAPERS_RECIPE = {
 }  # fmt: skip
 TASKS = {
     "arithmetic": Task(arithmetic_questions, accuracy_reward, {
-        "steps": 80, "batch_size": 16, "learning_rate": 2e-4,
+        "steps": 120, "batch_size": 16, "learning_rate": 2e-4,
         "max_prompt_tokens": 16, "max_completion_tokens": 32,
         "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
     }),
@@ -1050,11 +1045,8 @@ def evaluate(model, tokenizer, questions: list[Question], config):
     right = sum(over_ranks(sum(c.accuracy_reward >= 1.5 for c in sampled)))
     accuracy = right / (len(questions) * n)
     say(f"cppo: {accuracy:.1%} of {len(questions):,} test questions right")
-    return {
-        "eval_accuracy": accuracy,
-        "eval_questions": len(questions),
-        "eval_seconds": time.perf_counter() - start,
-    }
+    seconds = time.perf_counter() - start
+    return {"eval_accuracy": accuracy, "eval_questions": len(questions), "eval_seconds": seconds}
 
 
 # --- What a run writes ----------------------------------------------------------------------------
@@ -1112,8 +1104,8 @@ def find_checkpoints(folder):
 
 
 def save_checkpoint(folder, learner, tokenizer, state):
-    """Writes checkpoint-STEP; leaves it, the one before it, and checkpoint-0, pi_ref. Crash at any
-    moment, or fill the disk: those before stay whole. Raises UserError."""
+    """Writes checkpoint-STEP, and deletes others but the one before it and checkpoint-0, pi_ref.
+    Whatever happens meanwhile, a crash or a full disk, those stay whole. Raises UserError."""
     if WORLD_SIZE > 1:
         learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
     if RANK > 0:
@@ -1135,9 +1127,7 @@ def save_checkpoint(folder, learner, tokenizer, state):
         unfinished.rename(path)
 
 
-def unreadable(path):
-    """What to blame for a part of a checkpoint."""
-    return f"--resume: {path} cannot be read; delete that checkpoint to use the one before it"
+UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
 
 
 def load_state(config):
@@ -1149,7 +1139,7 @@ def load_state(config):
         asked = [0] * WORLD_SIZE  # questions, by each rank
         return None, {"step": 0, "asked": asked, "seconds": 0.0, "config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
-    with blame(unreadable(path)):
+    with blame(UNREADABLE.format(path)):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
         before = state["config"] | {"ranks": len(state["asked"])}
@@ -1163,7 +1153,7 @@ def load_state(config):
 
 @contextlib.contextmanager
 def only_run_in(folder, checkpoint: Path | None, config):
-    """Begins the folder, and keeps other processes out while its block runs; raises UserError."""
+    """Prepares the folder, and keeps other processes out while its block runs; raises UserError."""
     if RANK > 0:
         yield
         return
@@ -1177,9 +1167,9 @@ def only_run_in(folder, checkpoint: Path | None, config):
             raise UserError(f"--output_dir {folder} is in use by another process") from None
         if (find_checkpoints(folder) or [None])[-1] != checkpoint:
             raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
-        metrics = b""
+        metrics = b""  # those up to the checkpoint: the steps after it are done again
         if checkpoint:
-            with blame(unreadable(checkpoint)):
+            with blame(UNREADABLE.format(checkpoint)):
                 metrics = (checkpoint / "metrics.jsonl").read_bytes()
         (folder / "metrics.jsonl").write_bytes(metrics)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
@@ -1187,13 +1177,11 @@ def only_run_in(folder, checkpoint: Path | None, config):
 
 
 # --- A run ----------------------------------------------------------------------------------------
-# What train() begins with. In a new run there is no checkpoint to go on from.
 Run = namedtuple("Run", "folder checkpoint state model tokenizer questions test_questions")
 
 
 def set_up(config):
-    """Ranks, checkpoint, questions, model. All checks come before the first write; raises
-    UserError."""
+    """Ranks, checkpoint, questions, model: all checks, before the first write. Raises UserError."""
     folder = Path(config.output_dir)
     others = {path.name for path in folder.glob("*")} - {"lock"}
     may_go_on = config.resume and "metrics.jsonl" in others
@@ -1213,7 +1201,7 @@ def set_up(config):
     torch.manual_seed(config.seed)  # of the tiny model's weights
     what = f"--model {config.model}: give a hub name, or a folder that save_pretrained has made"
     if checkpoint:
-        what = unreadable(checkpoint)
+        what = UNREADABLE.format(checkpoint)
     model, tokenizer = load_model_and_tokenizer(checkpoint or config.model, what)
     with blame(f"--model {config.model}: its chat template refuses the messages"):
         encode_prompts(loaded + test_questions, tokenizer)
@@ -1245,7 +1233,7 @@ def make_learner(run, policy, num_updates, config):
 
     optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config)
     if run.checkpoint:
-        with blame(unreadable(run.checkpoint / "trainer_state.pt")):
+        with blame(UNREADABLE.format(run.checkpoint / "trainer_state.pt")):
             optimizer.load_state_dict(run.state.pop("optimizer"))
             scheduler.load_state_dict(run.state.pop("scheduler"))
     return Learner(model, policy, sampler, reference, optimizer, scheduler)
@@ -1254,11 +1242,11 @@ def make_learner(run, policy, num_updates, config):
 def evaluate_and_save(run, learner, last, config):
     """At the start, after the last step, and as often as --eval_every and --save_every say."""
     step = run.state["step"]
-    is_end = step in (0, last)
-    if run.test_questions and (is_end or step % (config.eval_every or last) == 0):
+    at_an_end = step in (0, last)
+    if run.test_questions and (at_an_end or step % (config.eval_every or last) == 0):
         score = evaluate(learner.sampler, run.tokenizer, run.test_questions, config)
         append_metrics(run.folder, {"step": step, **score})
-    if is_end or step % (config.save_every or last) == 0:
+    if at_an_end or step % (config.save_every or last) == 0:
         save_checkpoint(run.folder, learner, run.tokenizer, run.state)
 
 
@@ -1319,19 +1307,16 @@ def main():
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
-    status, message, config = 2, None, None
+    status, message = 2, None
     try:
-        config = Config(**vars(parser.parse_args()))
-        train(config)
+        train(Config(**vars(parser.parse_args())))
         status = 0
     except (UserError, OSError) as error:
         message = error
     except torch.OutOfMemoryError:
         message = "CUDA is out of memory: lower --tokens_per_microbatch or --sample_batch"
     except KeyboardInterrupt:
-        status, message = 130, "stopped"
-        if config and not config.eval_only:
-            message += "; with --resume it goes on from the last checkpoint"
+        status, message = 130, "stopped; --resume goes on from a run's last checkpoint"
     except Exception:
         status = 1
         sys.excepthook(*sys.exc_info())  # prints the traceback
