@@ -60,9 +60,11 @@ rewards.view(Q, G) has a question in each row. A suffix, as in rewards_QG, names
 import argparse
 import contextlib
 import copy
+import csv
 import fcntl
 import glob
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -223,8 +225,10 @@ class Question:
     prompt: str | list[dict]
     answer: str
     demonstration: str = ""  # a completion to imitate in the warm start
-    prompt_ids: list[int] = field(default_factory=list)  # L tokens, from encode_prompts
-    opening: str = ""  # the "<think>" that a chat template wrote: it is scored with the completion
+    # By encode_questions. The opening is a "<think>" that the chat template itself has written.
+    prompt_ids: list[int] = field(default_factory=list)  # L tokens
+    demonstration_ids: list[int] = field(default_factory=list)  # without the opening, with EOS
+    opening: str = ""  # scored with the completion
 
 
 @dataclass
@@ -399,7 +403,7 @@ def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5):
 def task_reward(text, answer, task):
     """The task's own reward, which must be a finite number; raises UserError."""
     value = TASKS[task].answer_reward(text, answer)
-    with blame(f"--task {task}: its reward for the answer {answer!r} is {value!r}"):
+    with blame(f"--task {task}: its reward is {value!r} for the answer {answer!r}"):
         if not math.isfinite(value):
             raise ValueError("not a finite number")
         return float(value)
@@ -419,8 +423,9 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
         for i, c in enumerate(sampled):
             question = chunk[i // group_size]
             # All that the model wrote is scored, special tokens too, which the tags may be.
-            written = c.token_ids if c.truncated else c.token_ids[:-1]
-            c.text = question.opening + tokenizer.decode(written)
+            ids = c.token_ids if c.truncated else c.token_ids[:-1]
+            written = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+            c.text = question.opening + written
             c.answer = question.answer
             c.format_reward = format_reward(c.text)
             c.accuracy_reward = task_reward(c.text, c.answer, config.task)
@@ -706,32 +711,34 @@ def arithmetic_questions(source, split):
     return questions[:512] if split == "test" else questions[512:]
 
 
-COLUMNS = ("question", "problem", "answer", "solution")
-
-
 def cell_text(value, what):
-    """A table's cell as text: text as it is, a number without an exponent, nothing as ""."""
+    """A table's cell as text: text as it is, a number without exponent or ".0", nothing as ""."""
     if isinstance(value, str | None):
         return (value or "").strip()
     if type(value) not in (int, float, Decimal) or not math.isfinite(value):
         raise ValueError(f"{what} is {value!r}, which is neither text nor a finite number")
-    return f"{Decimal(str(value)):f}"
+    return f"{Decimal(str(value)):f}".removesuffix(".0")
 
 
 def load_table(source, split):
     """The rows of a file, or of a data set on the hub, NAME[:SUBSET]."""
+    kind = Path(source).suffix.lower()
+    if kind in (".json", ".jsonl", ".csv"):
+        # Not by datasets, which guesses each column's type: 3 may become 3.0, or NA nothing.
+        text = Path(source).read_text("utf-8-sig")
+        if kind == ".csv":  # too many cells in a row make its answer a list, which is refused
+            return csv.DictReader(io.StringIO(text), restkey="answer", strict=True)
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return map(json.loads, filter(str.strip, text.split("\n")))
+
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
-    kind = Path(source).suffix.lower()[1:].replace("jsonl", "json")
-    if kind in ("parquet", "json", "csv"):
+    if kind == ".parquet":
         # A path that exists is no pattern, whatever brackets are in it.
         file = glob.escape(source) if Path(source).exists() else source
-        options = {}
-        if kind == "csv":  # as text: else 3 may become 3.0, and NA nothing
-            as_text = dict.fromkeys(COLUMNS, str)
-            options = {"converters": as_text, "keep_default_na": False, "index_col": False}
-        return datasets.load_dataset(kind, data_files=file, split="train", **options)
+        return datasets.load_dataset("parquet", data_files=file, split="train")
     if Path(source).is_file():
         raise ValueError("it is another kind of file")
     return datasets.load_dataset(*source.split(":"), split=split)
@@ -745,7 +752,8 @@ def table_questions(system, form, source, split):
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
             question, problem, answer, solution = (
-                cell_text(row.get(name), f"row {i}: {name}") for name in COLUMNS
+                cell_text(row.get(name), f"row {i}: {name}")
+                for name in ("question", "problem", "answer", "solution")
             )
             text = question or problem
             # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone
@@ -839,8 +847,8 @@ def load_questions(config):
     return train, test
 
 
-def encode_prompts(questions: list[Question], tokenizer):
-    """Fills in `prompt_ids`, messages through the tokenizer's chat template, if it has one."""
+def encode_questions(questions: list[Question], tokenizer):
+    """Fills in their tokens. Messages go through the tokenizer's chat template, if it has one."""
     for question in questions:
         text = question.prompt
         has_template = not isinstance(text, str) and tokenizer.chat_template
@@ -854,13 +862,10 @@ def encode_prompts(questions: list[Question], tokenizer):
         # Some templates begin the answer themselves, with "<think>" and a line break.
         _, tag, space = text.rpartition("<think>")
         question.opening = tag + space if not space.strip() else ""
+        taught = question.demonstration.removeprefix(question.opening.strip())
+        ids = tokenizer(taught, add_special_tokens=False).input_ids
+        question.demonstration_ids = [*ids, tokenizer.eos_token_id]
     return questions
-
-
-def demonstration_ids(question, tokenizer):
-    """What the warm start teaches: the demonstration, less what the prompt has said, and EOS."""
-    text = question.demonstration.removeprefix(question.opening.strip())
-    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
 def question_stream(questions, seed):
@@ -876,7 +881,7 @@ def tiny_model_and_tokenizer():
     """A random Llama of 0.45M parameters and a tokenizer of characters; each tag is one token."""
     words = ["<pad>", "<eos>", *TAGS, *"\n +=0123456789"]
     vocabulary = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend = Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
@@ -897,9 +902,10 @@ def load_model_and_tokenizer(name, what):
         if name is None:
             model, tokenizer = tiny_model_and_tokenizer()
         else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            # Unless False is said, transformers asks at the terminal to run a folder's own code.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
+                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
             if loading["missing_keys"]:
                 raise ValueError(f"it lacks weights: {sorted(loading['missing_keys'])}")
@@ -910,10 +916,9 @@ def load_model_and_tokenizer(name, what):
             raise ValueError(f"its tokenizer does not give back {form!r}, or its files are missing")
         if tokenizer.eos_token_id is None:
             raise ValueError("its tokenizer has no EOS token: completions would never end")
-
-    ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
-    eos_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos_ids))
+        ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
+        eos_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+        model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos_ids))
     return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
 
 
@@ -926,7 +931,7 @@ def check_fit(model, tokenizer, questions, config):
     for q in questions:
         if q.prompt_ids[-1:] in ([], [tokenizer.eos_token_id]):
             raise UserError(f"{blamed} its tokenizer ends prompts with EOS, or leaves them empty")
-        taught = demonstration_ids(q, tokenizer) if config.warm_start_steps else []
+        taught = q.demonstration_ids if config.warm_start_steps else []
         largest = max(q.prompt_ids + taught + eos_ids)
         if largest >= embeddings:
             raise UserError(f"{blamed} token {largest} is not in its embedding of {embeddings}")
@@ -1027,8 +1032,7 @@ def warm_start(model, policy, tokenizer, stream, config):
     imitation = replace(config, num_iterations=1, beta=0.0)
     for _ in progress_bar(range(steps), "warm start"):
         share = itertools.islice(stream, math.ceil(WARM_START_BATCH / WORLD_SIZE))
-        ids = [(q.prompt_ids, demonstration_ids(q, tokenizer)) for q in share]
-        rows = [Completion(prompt, taught, advantage=1.0) for prompt, taught in ids]
+        rows = [Completion(q.prompt_ids, q.demonstration_ids, advantage=1.0) for q in share]
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
             update(learner, rows, sum(over_ranks(len(rows))), imitation)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
@@ -1110,7 +1114,11 @@ def save_checkpoint(folder, learner, tokenizer, state):
         learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
     if RANK > 0:
         return
-    moments = {name: getattr(learner, name).state_dict() for name in ("optimizer", "scheduler")}
+    state = state | {
+        "metrics": (folder / "metrics.jsonl").read_text(),  # all that is logged up to this step
+        "optimizer": learner.optimizer.state_dict(),
+        "scheduler": learner.scheduler.state_dict(),
+    }
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
     # The oldest goes before the new one comes: AdamW's moments make them large.
@@ -1119,8 +1127,7 @@ def save_checkpoint(folder, learner, tokenizer, state):
     with blame(f"{path} cannot be written, the one before it stays"):
         learner.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        torch.save(state | moments, unfinished / "trainer_state.pt")
-        shutil.copy(folder / "metrics.jsonl", unfinished)  # all that is logged up to this step
+        torch.save(state, unfinished / "trainer_state.pt")
         for file in filter(Path.is_file, unfinished.rglob("*")):  # on the disk: power may fail
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
@@ -1137,7 +1144,9 @@ def load_state(config):
     checkpoints = find_checkpoints(Path(config.output_dir))
     if config.eval_only or not config.resume or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
-        return None, {"step": 0, "asked": asked, "seconds": 0.0, "config": settings}
+        return None, {
+            "step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings,
+        }  # fmt: skip
     path = checkpoints[-1] / "trainer_state.pt"
     with blame(UNREADABLE.format(path)):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
@@ -1152,8 +1161,9 @@ def load_state(config):
 
 
 @contextlib.contextmanager
-def only_run_in(folder, checkpoint: Path | None, config):
-    """Prepares the folder, and keeps other processes out while its block runs; raises UserError."""
+def only_run_in(folder, checkpoint: Path | None, metrics, config):
+    """Prepares the folder, with the metrics up to the checkpoint, for the steps after it are done
+    again; and keeps other processes out while its block runs. Raises UserError."""
     if RANK > 0:
         yield
         return
@@ -1167,11 +1177,7 @@ def only_run_in(folder, checkpoint: Path | None, config):
             raise UserError(f"--output_dir {folder} is in use by another process") from None
         if (find_checkpoints(folder) or [None])[-1] != checkpoint:
             raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
-        metrics = b""  # those up to the checkpoint: the steps after it are done again
-        if checkpoint:
-            with blame(UNREADABLE.format(checkpoint)):
-                metrics = (checkpoint / "metrics.jsonl").read_bytes()
-        (folder / "metrics.jsonl").write_bytes(metrics)
+        (folder / "metrics.jsonl").write_text(metrics)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
         yield
 
@@ -1184,7 +1190,7 @@ def set_up(config):
     """Ranks, checkpoint, questions, model: all checks, before the first write. Raises UserError."""
     folder = Path(config.output_dir)
     others = {path.name for path in folder.glob("*")} - {"lock"}
-    may_go_on = config.resume and "metrics.jsonl" in others
+    may_go_on = config.resume and others & {"metrics.jsonl", "checkpoint-0"}
     if others and not (config.eval_only or may_go_on):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     device = init_distributed()
@@ -1203,8 +1209,8 @@ def set_up(config):
     if checkpoint:
         what = UNREADABLE.format(checkpoint)
     model, tokenizer = load_model_and_tokenizer(checkpoint or config.model, what)
-    with blame(f"--model {config.model}: its chat template refuses the messages"):
-        encode_prompts(loaded + test_questions, tokenizer)
+    with blame(f"--model {config.model}: its tokenizer or chat template refuses the questions"):
+        encode_questions(loaded + test_questions, tokenizer)
     questions = [q for q in loaded if len(q.prompt_ids) <= config.max_prompt_tokens]
     left_out = f"{len(loaded) - len(questions):,} prompts over --max_prompt_tokens left out"
     if len(questions) < WORLD_SIZE and not config.eval_only:
@@ -1265,7 +1271,7 @@ def train(config):
     policy = model
     if WORLD_SIZE > 1:
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    with only_run_in(run.folder, run.checkpoint, config):
+    with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
         say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
         stream = question_stream(questions, config.seed)

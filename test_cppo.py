@@ -212,6 +212,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--output_dir", "full/file/run"], "--output_dir full/file/run cannot be written"),
         (["--task", "bare"], "--warm_start_steps must be 0"),
         (["--task", "empty"], "--task empty has no questions"),
+        (["--task", "minus"], "--model None: its tokenizer or chat template refuses the questions"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypatch, capsys):
@@ -220,7 +221,8 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
     (tmp_path / "full/file").write_text("precious")
     if flags[0] == "--train_data":
         flags = [*flags, "--model", save_tiny_model(tmp_path / "model")]
-    for task, questions in (("bare", [Question("1+1=", "2")]), ("empty", [])):
+    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):
+        questions = [Question(prompt, "2") for prompt in prompts]
         own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
         monkeypatch.setitem(cppo.TASKS, task, own)
     before = sorted(tmp_path.rglob("*"))
@@ -284,13 +286,14 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
 
 def test_completions_come_question_major_scored_by_their_own_question_in_any_chunks(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None, "")
-    questions = cppo.encode_prompts([Question(f"1+{i}=", f"{i + 1}") for i in range(4)], tokenizer)
+    questions = [Question(f"1+{i}=", f"{i + 1}") for i in range(4)]
+    cppo.encode_questions(questions, tokenizer)
     right = {tuple(q.prompt_ids): right_form(q.answer).replace("hm", "1") for q in questions}
     calls = []
 
     def teach(_model, prompts, group_size, *_):  # right, right but not in form, cut off
         calls.append(len(prompts) * group_size)
-        texts = [text for p in prompts for text in (right[*p,], right[*p,][10:], "9")]
+        texts = [text for p in prompts for text in (right[*p,], right[*p,][8:], "9")]
         rows = [Completion([], [*tokenizer(text).input_ids, 1]) for text in texts]
         for row in rows[2::3]:
             row.token_ids, row.truncated = row.token_ids[:-1], True
@@ -840,7 +843,9 @@ def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
 def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
     for name, content, says in (
         ("a.jsonl", '{"question": "a"}\n', "row 1 lacks"),
-        ("a.csv", "question,answer\n", "no data"),
+        ("a.csv", "question,answer\n", "it has no rows"), ("b.csv", "", "it has no rows"),
+        ("c.csv", "question,answer\nHow many, then?,1\n", r"row 1: answer is \['1'\]"),
+        ("d.csv", 'question,answer\n1+1,"2\n', "unexpected end of data"),
         ("b.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("a.txt", "a", "give a parquet"),
         ("c.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
         ("d.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
@@ -892,13 +897,13 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
     bos = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     tokenizer.backend_tokenizer.post_processor = bos
     chat = [{"role": "system", "content": "1+"}, {"role": "user", "content": "2"}]
-    (plain,) = cppo.encode_prompts([Question(chat, "3")], tokenizer)
+    (plain,) = cppo.encode_questions([Question(chat, "3")], tokenizer)
     assert tokenizer.decode(plain.prompt_ids) == "<pad>1+\n\n2\n\n"
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '=' if m.role == 'user' else '<think>' }}{{ m.content }}"
         "{% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
     )
-    encoded = cppo.encode_prompts([Question(chat, "3"), Question("1+2=", "3")], tokenizer)
+    encoded = cppo.encode_questions([Question(chat, "3"), Question("1+2=", "3")], tokenizer)
     texts = [tokenizer.decode(q.prompt_ids) for q in encoded]
     assert texts == ["<think>1+=2</think>", "<pad>1+2="]
 
@@ -952,8 +957,17 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
     refused("its tokenizer does not give back '<think>1 2<")
     _, tokenizer = cppo.tiny_model_and_tokenizer()
     tokenizer.eos_token = None
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: tokenizer)
-    refused("no EOS token")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+        refused("no EOS token")
+    folder = save_tiny_model(tmp_path / "code")
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # to whoever asks
+    refused("")
+    assert not (tmp_path / "hacked").exists()
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -1001,7 +1015,7 @@ def test_checkpoint_0_and_the_newest_two_stay_and_resume_wants_the_same_settings
     assert steps == [0, 4, 10]
     path, state = resumed(tmp_path, save_every=7, eval_every=3, sample_batch=99)
     assert state["step"] == 10 and path == tmp_path / "checkpoint-10"
-    assert (path / "metrics.jsonl").read_text() == '{"step": 10}\n'
+    assert state["metrics"] == '{"step": 10}\n'
     for path, state in resumed(tmp_path / "nothing"), resumed(tmp_path, resume=False):
         assert path is None and state["step"] == 0 and state["asked"] == [0]
     with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
@@ -1011,7 +1025,7 @@ def test_checkpoint_0_and_the_newest_two_stay_and_resume_wants_the_same_settings
         resumed(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["torch.save", "shutil.copy", "Path.rename", "full disk"])
+@pytest.mark.parametrize("where", ["torch.save", "Path.rename", "full disk"])
 def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeypatch):
     for step in (0, 1, 2):
         save(tmp_path, step)
@@ -1092,7 +1106,7 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
 
 def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None, "")
-    questions = cppo.encode_prompts(cppo.arithmetic_questions(None, "train")[:32], tokenizer)
+    questions = cppo.encode_questions(cppo.arithmetic_questions(None, "train")[:32], tokenizer)
     start, naive = copy.deepcopy(model), copy.deepcopy(model)
     learner = learner_of(model)
     monkeypatch.setattr(cppo, "make_optimizer", lambda *_: (learner.optimizer, learner.scheduler))
@@ -1109,7 +1123,7 @@ def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likel
 # --- What people report of such programs ---------------------------------------------------------
 def scored(monkeypatch, tokenizer, question, *completions) -> list[Completion]:
     model, _ = cppo.load_model_and_tokenizer(None, "")
-    cppo.encode_prompts([question], tokenizer)
+    cppo.encode_questions([question], tokenizer)
     monkeypatch.setattr(cppo, "sample_completions", lambda *_: completions)
     return cppo.rollout(model, tokenizer, [question], config(), len(completions), 1.0)
 
@@ -1134,7 +1148,7 @@ def test_a_think_that_ends_the_prompt_is_scored_and_not_taught(opening, template
     rest = FORM.removeprefix(opening.strip())
     (c,) = scored(monkeypatch, tokenizer, question, Completion([], [*tokenizer(rest).input_ids, 1]))
     assert (c.text, c.reward) == (opening + rest, 3)
-    assert tokenizer.decode(cppo.demonstration_ids(question, tokenizer)) == rest + "<eos>"
+    assert tokenizer.decode(question.demonstration_ids) == rest + "<eos>"
 
 
 def test_a_reward_is_a_finite_number_or_one_line_names_task_answer_and_value(monkeypatch):
@@ -1146,7 +1160,7 @@ def test_a_reward_is_a_finite_number_or_one_line_names_task_answer_and_value(mon
     for value in (1, True, numpy.float32(1), torch.tensor(1.0)):
         assert json.dumps(reward(value)) == "1.0"
     for value in (math.nan, None, "x", math.inf, 10**400, numpy.float32("nan")):
-        says = f"--task arithmetic: its reward for the answer '3' is {value!r}: "
+        says = f"--task arithmetic: its reward is {value!r} for the answer '3': "
         with pytest.raises(UserError, match=f"^{re.escape(says)}.*$"):  # $: it is one line
             reward(value)
 
@@ -1198,12 +1212,14 @@ def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffi
         (tmp_path / file).write_text(text)
         return [q.answer for q in cppo.table_questions("", "{}", str(tmp_path / file), "train")]
 
-    assert read(1e16) + read(0.5, 1e-7) == ["10000000000000000", "0.5", "0.0000001"]
+    numbers = 1e16, 0.5, 2, 1e-7, 72.0, 123456789012345678901234567890
+    same = ["10000000000000000", "0.5", "2", "0.0000001", "72", "123456789012345678901234567890"]
+    assert read(*numbers) == same
     for answer in ([1], {"a": 1}, True, math.nan, math.inf):
         with pytest.raises(UserError, match=r"row 1: answer is .*neither text nor a finite number"):
             read(answer)
     (tmp_path / "data1.jsonl").write_text("what the pattern data[1].jsonl finds")
-    texts = ["NA", "None", "null", "nan", "3", "007", "1e5", "true", "2.50"]
+    texts = ["NA", "None", "null", "nan", "3", "007", "1e5", "true", "2.50", "2020-01-01"]
     for file in ("DATA.JSONL", "data[1].jsonl", "a*b.jsonl", "a?b.csv", "train.CSV"):
         assert read(*texts, file=file) == texts
     for file in ("rows.txt", "rows"):
@@ -1226,7 +1242,7 @@ def test_prompts_and_completions_must_fit(family, vocabulary, eos, prompt, most,
     model.generation_config.eos_token_id = [1, eos]
     template = processors.TemplateProcessing("$A" + end, None, [("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = template
-    questions = cppo.encode_prompts([Question(prompt, "3")], tokenizer)
+    questions = cppo.encode_questions([Question(prompt, "3")], tokenizer)
     with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
         cppo.check_fit(model, tokenizer, questions, config(model="m", max_completion_tokens=most))
 
@@ -1245,8 +1261,7 @@ def cut(path: Path):
 @pytest.mark.parametrize("damage", [Path.unlink, cut])
 def test_a_damaged_part_of_a_checkpoint_is_blamed_on_it(damage, one_step, tmp_path):
     parts = "0/model.safetensors 1/model.safetensors 1/config.json 1/tokenizer.json"
-    also = " 1/trainer_state.pt 1/metrics.jsonl" if damage is Path.unlink else " 1/trainer_state.pt"
-    for part in (parts + also).split():
+    for part in (parts + " 1/trainer_state.pt").split():
         folder = shutil.copytree(one_step.output_dir, tmp_path / part)
         before = (folder / "metrics.jsonl").read_text()
         damage(folder / f"checkpoint-{part}")
