@@ -20,7 +20,7 @@ The saving is per question. A training step, whose batch is N completions, costs
 GRPO's: the room that pruning frees goes to further questions, N / k of them where GRPO asks N / G.
 That is the refill. So the same questions need only k / G as many steps.
 
-    python cppo.py                          additions, on a laptop, in a minute
+    python cppo.py                          additions, without a GPU, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
 
 One step, in the order of this file:
@@ -41,7 +41,8 @@ P is the pruning rate. From the second of the mu iterations on, pi_old is no lon
 makes up for that, and once a token has moved by eps in the direction of A, the clip ends its pull.
 KL_t estimates KL(pi_theta || pi_ref) from the one sampled token, and is never below 0.
 
-Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO.
+Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
+the paper's other form of (2): a floor for |A|.)
 Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
 lose everything), k is never 0, and (5) averages over tokens, then over the completions of all
 ranks, as the paper writes it, however they fall into micro-batches and ranks.
@@ -162,12 +163,12 @@ class Config:
     # Evaluation
     eval_questions: int | None = flag(None, "test on the first so many; unset: all", "[0, inf)")
     eval_samples: int = flag(1, "completions each; 1: greedy, several: sampled", "[1, inf)")
-    eval_every: int = flag(0, "steps between evaluations; 0: at the start and the end", "[0, inf)")
+    eval_every: int = flag(0, "steps between evaluations; 0: only at start and end", "[0, inf)")
     eval_only: bool = flag(False, "evaluate --model, train and write nothing")
 
     # The run
     output_dir: str | None = flag(None, "folder to write to; unset: runs/TASK")
-    save_every: int = flag(20, "steps between checkpoints; 0: at the start and the end", "[0, inf)")
+    save_every: int = flag(20, "steps between checkpoints; 0: only at start and end", "[0, inf)")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir, if there is one")
     dtype: Literal["float32", "bfloat16"] | None = flag(None, "of compute; unset: by hardware")
     seed: int = flag(42, "of weights, order of questions, and sampling", "[0, 2147483648)")
@@ -198,7 +199,7 @@ class Config:
                     raise UserError(f"--{f.name} must be in {interval}, not {value}")
 
         # A batch is whole questions, k completions of each, and as many on every rank. The task's
-        # default is rounded to that; one that the user gave is refused.
+        # default is rounded to that; a --batch_size that does not fit is refused.
         unit = WORLD_SIZE * self.num_kept
         self.batch_size = max(unit, self.batch_size // unit * unit)
         if given_batch_size not in (None, self.batch_size):
@@ -225,7 +226,7 @@ class Question:
     prompt: str | list[dict]
     answer: str
     demonstration: str = ""  # a completion to imitate in the warm start
-    # By encode_questions. The opening is a "<think>" that the chat template itself has written.
+    # Filled in by encode_questions. The opening is a "<think>" that the chat template wrote.
     prompt_ids: list[int] = field(default_factory=list)  # L tokens
     demonstration_ids: list[int] = field(default_factory=list)  # without the opening, with EOS
     opening: str = ""  # scored with the completion
@@ -272,7 +273,7 @@ def sample_tokens(logits, temperature, top_p=1.0):
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
     tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1)
-    tokens = tokens.clamp(max=cdf.shape[1] - 1)
+    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # the threshold may round up to the last column
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -315,7 +316,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # An index, as the slice of logits_to_keep=1 is not contiguous: slow in bfloat16 on CPUs.
+    # For logits_to_keep, whose 1 would take a slice: not contiguous, so slow in bfloat16 on CPUs.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -343,7 +344,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         unfinished = [row for row, c in enumerate(running) if c.truncated]
         if not unfinished:
             break
-        # The ended ones lose their rows once they are a quarter: each time copies the cache.
+        # The ended ones lose their rows once they are a quarter, as this copies the cache.
         if len(unfinished) <= 0.75 * len(running):
             running = [running[row] for row in unfinished]
             chosen = torch.tensor(unfinished, device=device)  # (R,)
@@ -357,7 +358,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50, $-5 or 50%. No repetition stands inside another: linear time on any text.
+# -$1,234.50, $-5 or 50%. No + or * stands inside another: linear time on any text.
 NUMBER = re.compile(
     r"(?:([+-]?)\$?|\$([+-]))((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
 )
@@ -469,7 +470,7 @@ def collect_batch(draw, stream, room, config):
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
         Q = (room - len(kept)) // k
         completions = draw(list(itertools.islice(stream, Q)))  # Q G
-        # In float64: else a dead group of rewards 0.1 would get an A, its mean's rounding / 1e-4.
+        # In float64: else the rounding of a mean, divided by 1e-4, would give a dead group an A.
         rewards = torch.tensor([c.reward for c in completions], dtype=torch.float64)  # (Q G,)
         advantages_QG = group_advantages(rewards.view(Q, G))
         keep_QG = prune(advantages_QG, k, config.gamma, config.prune_by)
@@ -536,8 +537,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so logits are computed only where they predict a completion's token. With a bool
-    # mask models of transformers 5 do so: of B x T places they keep the M = sum_i |o_i| Trues.
+    # V is large, so logits are computed only where they predict a completion's token. Models of
+    # transformers 5 also take a (B, T) bool mask, and keep its Trues alone, M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -555,7 +556,7 @@ def token_mean(values, mask):
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
     """Eq. 5 without 1/N sum_i, which is accumulate_gradient's: a loss for each completion, (B,).
     Log-probabilities and mask are (B, C), advantages (B,). The statistics are (B,) too, means over
-    own tokens: `kl` (eq. 4), and `clip_fraction`, 1 where the clip stops the pull of A."""
+    own tokens: `kl` (eq. 4), and `clip_fraction`, the share where the clip stops A's pull."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (B, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (B, C)
@@ -591,13 +592,13 @@ def accumulate_gradient(learner, batches, N, config):
     for batch in batches:
         if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
             learner.policy.require_backward_grad_sync = batch is batches[-1]
-        # Only products are bfloat16. Weights are float32: a step of 1e-6 is too small for bfloat16.
+        # Only matrix products are bfloat16: weights are not, as a step of 1e-6 would not move them.
         is_bfloat16 = config.dtype == "bfloat16"
         with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
             log_probs = token_log_probs(learner.policy, batch, config.temperature)  # (B, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no pass of its own.
-            # (With the sampler's log-probabilities, rounded otherwise, rho would not be 1.)
+            # (With the sampler's log-probabilities, rounded differently, rho would not be 1.)
             batch.old_log_probs = log_probs.detach()
 
         losses, statistics = cppo_loss(
@@ -745,9 +746,9 @@ def load_table(source, split):
 
 
 def table_questions(system, form, source, split):
-    """Questions of a file or of a data set on the hub. A row has a `question` or `problem`; and an
-    `answer`, bare or as GSM8K's `solution #### 72`, or a `solution` that ends so or boxes it.
-    `form` is how a demonstration gives the answer. Raises UserError."""
+    """Questions of a file or of a data set on the hub. A row's columns are `question` or `problem`;
+    and `answer`, or `solution`, or both. The answer is what follows `####` in them, or stands in
+    the last box, or all. `form` is how a demonstration gives it. Raises UserError."""
     questions = []
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
@@ -756,12 +757,12 @@ def table_questions(system, form, source, split):
                 for name in ("question", "problem", "answer", "solution")
             )
             text = question or problem
-            # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone
+            # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone.
             whole = solution or answer
             think, marks, final = whole.rpartition("####")
             if not marks and (solution or boxed(whole)):
                 think, final = whole, boxed(whole) or ""
-            if not (solution and answer):  # where there are both, `answer` says it
+            if not (solution and answer):  # else `answer` has a column of its own
                 answer = final.strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
@@ -865,7 +866,6 @@ def encode_questions(questions: list[Question], tokenizer):
         taught = question.demonstration.removeprefix(question.opening.strip())
         ids = tokenizer(taught, add_special_tokens=False).input_ids
         question.demonstration_ids = [*ids, tokenizer.eos_token_id]
-    return questions
 
 
 def question_stream(questions, seed):
@@ -942,12 +942,12 @@ def check_fit(model, tokenizer, questions, config):
 
 
 def check_sampler(model, prompt_ids: list[int], config):
-    """Samples a little: a model whose cache sample_completions does not drive (Mamba's, say) draws
-    with other probabilities than it would be trained with. Raises UserError."""
-    prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]
+    """Samples a little: a model with a cache that sample_completions cannot handle (Mamba's, say)
+    draws with other probabilities than it would be trained with. Raises UserError."""
+    prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]  # the second one is padded
     what = f"--model {config.model}: this kind of model cannot be sampled from here"
     with blame(what), torch.no_grad():
-        sampled = sample_completions(model, prompts, 2, 4, 1.0, [])
+        sampled = sample_completions(model, prompts, 2, 4, 1.0, [])  # G = 2, 4 tokens, no EOS
         batch = make_batch(sampled, model.device)
         gap = token_log_probs(model, batch, 1.0) - batch.sampled_log_probs  # (4, 4)
         if not gap.abs().max() < 1e-3:  # nan is not
@@ -1022,7 +1022,7 @@ def seed_step(seed, step):
     torch.manual_seed(random.Random(f"{seed} {step} {RANK}").getrandbits(32))
 
 
-def warm_start(model, policy, tokenizer, stream, config):
+def warm_start(model, policy, stream, config):
     """Imitates demonstrations: to the loss they are completions whose advantage is 1, so that its
     gradient is that of -log pi, a mean over a demonstration's tokens, then over demonstrations."""
     start = time.perf_counter()
@@ -1162,8 +1162,8 @@ def load_state(config):
 
 @contextlib.contextmanager
 def only_run_in(folder, checkpoint: Path | None, metrics, config):
-    """Prepares the folder, with the metrics up to the checkpoint, for the steps after it are done
-    again; and keeps other processes out while its block runs. Raises UserError."""
+    """Cuts the folder's metrics back to the checkpoint's, as later steps are done again, and keeps
+    other processes out while its block runs. Raises UserError."""
     if RANK > 0:
         yield
         return
@@ -1201,7 +1201,7 @@ def set_up(config):
     loaded, test_questions = load_questions(config)
     texts = repr([(q.prompt, q.answer) for q in loaded + test_questions])
     questions_hash = hashlib.sha256(texts.encode()).hexdigest()
-    if state.setdefault("questions_hash", questions_hash) != questions_hash:
+    if state.setdefault("questions_hash", questions_hash) != questions_hash:  # a new run keeps it
         raise UserError("--resume: the questions are not those that the run began with")
 
     torch.manual_seed(config.seed)  # of the tiny model's weights
@@ -1269,19 +1269,20 @@ def train(config):
     if last is None:  # one epoch
         last = math.ceil(len(questions) / per_step)
     policy = model
-    if WORLD_SIZE > 1:
+    if WORLD_SIZE > 1:  # the buffers, rotary frequencies, are the same everywhere and never change
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
         say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
         stream = question_stream(questions, config.seed)
         if not run.checkpoint:
-            append_metrics(run.folder, warm_start(model, policy, tokenizer, stream, config))
+            record = warm_start(model, policy, stream, config)
+            append_metrics(run.folder, record)
         learner = make_learner(run, policy, last * config.num_iterations, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
 
-        # The stream begins anew after the warm start, and goes on where this rank stopped asking.
+        # The stream begins anew after the warm start. A resumed run skips what this rank has asked.
         stream = question_stream(questions, config.seed)
         stream = itertools.islice(stream, state["asked"][RANK], None)
         for step in progress_bar(range(state["step"] + 1, last + 1), config.task):

@@ -897,14 +897,15 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
     bos = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     tokenizer.backend_tokenizer.post_processor = bos
     chat = [{"role": "system", "content": "1+"}, {"role": "user", "content": "2"}]
-    (plain,) = cppo.encode_questions([Question(chat, "3")], tokenizer)
+    plain, *others = Question(chat, "3"), Question(chat, "3"), Question("1+2=", "3")
+    cppo.encode_questions([plain], tokenizer)
     assert tokenizer.decode(plain.prompt_ids) == "<pad>1+\n\n2\n\n"
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '=' if m.role == 'user' else '<think>' }}{{ m.content }}"
         "{% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
     )
-    encoded = cppo.encode_questions([Question(chat, "3"), Question("1+2=", "3")], tokenizer)
-    texts = [tokenizer.decode(q.prompt_ids) for q in encoded]
+    cppo.encode_questions(others, tokenizer)
+    texts = [tokenizer.decode(q.prompt_ids) for q in others]
     assert texts == ["<think>1+=2</think>", "<pad>1+2="]
 
 
@@ -1106,12 +1107,13 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
 
 def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None, "")
-    questions = cppo.encode_questions(cppo.arithmetic_questions(None, "train")[:32], tokenizer)
+    questions = cppo.arithmetic_questions(None, "train")[:32]
+    cppo.encode_questions(questions, tokenizer)
     start, naive = copy.deepcopy(model), copy.deepcopy(model)
     learner = learner_of(model)
     monkeypatch.setattr(cppo, "make_optimizer", lambda *_: (learner.optimizer, learner.scheduler))
     settings = config(warm_start_steps=1, max_grad_norm=1e9)
-    cppo.warm_start(model, model, tokenizer, iter(questions), settings)
+    cppo.warm_start(model, model, iter(questions), settings)
     for question in questions:  # a mean over a demonstration's tokens, then over demonstrations
         ids = [*tokenizer(question.demonstration).input_ids, tokenizer.eos_token_id]
         row = Completion(question.prompt_ids, ids)
@@ -1242,7 +1244,8 @@ def test_prompts_and_completions_must_fit(family, vocabulary, eos, prompt, most,
     model.generation_config.eos_token_id = [1, eos]
     template = processors.TemplateProcessing("$A" + end, None, [("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = template
-    questions = cppo.encode_questions([Question(prompt, "3")], tokenizer)
+    questions = [Question(prompt, "3")]
+    cppo.encode_questions(questions, tokenizer)
     with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
         cppo.check_fit(model, tokenizer, questions, config(model="m", max_completion_tokens=most))
 
