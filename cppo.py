@@ -208,8 +208,6 @@ class Config:
 
         if self.sample_batch < max(self.group_size, self.eval_samples):
             raise UserError("--sample_batch must be at least --group_size and --eval_samples")
-        if self.eval_only and self.eval_questions == 0:
-            raise UserError("--eval_only with --eval_questions 0 leaves nothing to do")
 
     @property
     def num_kept(self):
@@ -842,7 +840,7 @@ def load_questions(config):
     if config.eval_questions != 0:
         test = task.questions(config.test_data, "test")[: config.eval_questions]
     if not train + test:
-        raise UserError(f"--task {config.task} has no questions")
+        raise UserError(f"--task {config.task} has no questions, or --eval_questions is 0")
     # A reward that cannot work (math-verify is missing, say) fails here, before a model is loaded.
     task_reward("<answer>\\boxed{?}</answer>", (train + test)[0].answer, config.task)
     return train, test
@@ -855,6 +853,8 @@ def encode_questions(questions: list[Question], tokenizer):
         has_template = not isinstance(text, str) and tokenizer.chat_template
         if has_template:
             text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            if question.prompt[0]["content"].strip() not in text:
+                raise ValueError("it leaves out the first message")
         elif not isinstance(text, str):
             text = "".join(message["content"] + "\n\n" for message in text)
         # A template writes BOS itself, where it is wanted.
@@ -944,7 +944,7 @@ def check_fit(model, tokenizer, questions, config):
 def check_sampler(model, prompt_ids: list[int], config):
     """Samples a little: a model with a cache that sample_completions cannot handle (Mamba's, say)
     draws with other probabilities than it would be trained with. Raises UserError."""
-    prompts = [prompt_ids, prompt_ids[: len(prompt_ids) // 2 + 1]]  # the second one is padded
+    prompts = [prompt_ids, prompt_ids[:1]]  # the second one is padded
     what = f"--model {config.model}: this kind of model cannot be sampled from here"
     with blame(what), torch.no_grad():
         sampled = sample_completions(model, prompts, 2, 4, 1.0, [])  # G = 2, 4 tokens, no EOS

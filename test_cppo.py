@@ -202,7 +202,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--eval_samples", "1025"], "--sample_batch must be at least"),
         (["--batch_size", "25"], "--batch_size must be a multiple of 2, ranks x k: 24 or 26"),
         (["--pruning_rate", "0", "--batch_size", "24"], "of 16, ranks x k: 16 or 32"),
-        (["--eval_only", "--eval_questions", "0"], "--eval_only"),
+        (["--eval_only", "--eval_questions", "0"], "has no questions, or --eval_questions is 0"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task arithmetic makes its own"),
         (["--model", "no/such/folder"], "--model no/such/folder"),
         (["--max_prompt_tokens", "5"], "2,560 prompts over --max_prompt_tokens left out"),
@@ -907,6 +907,9 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
     cppo.encode_questions(others, tokenizer)
     texts = [tokenizer.decode(q.prompt_ids) for q in others]
     assert texts == ["<think>1+=2</think>", "<pad>1+2="]
+    tokenizer.chat_template = "{{ messages[1].content }}"  # and the system prompt?
+    with pytest.raises(ValueError, match="it leaves out the first message"):
+        cppo.encode_questions(others, tokenizer)
 
 
 def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another_order(monkeypatch):
@@ -1580,16 +1583,17 @@ def test_the_main_job_learns_to_carry(tmp_path):
 def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(math_verify, tmp_path):
     file, folder = tmp_path / "a.jsonl", tmp_path / "run"
     model = save_tiny_model(tmp_path / "model")
-    template = "{% for m in messages %}{{ m.content[-12:] }}{% endfor %}"
-    (model / "chat_template.jinja").write_text(template)
+    _, tokenizer = cppo.tiny_model_and_tokenizer()
+    tokenizer.backend_tokenizer.model.unk_token = "<pad>"  # it reads any text
+    tokenizer.save_pretrained(model)
     rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
-    rows.append({"problem": "0123456789+0", "solution": "#### 1"})
+    rows.append({"problem": 300 * "1", "solution": "#### 1"})
     file.write_text("\n".join(map(json.dumps, rows)))
     common = ("--task", "math", "--model", model, "--test_data", file, "--output_dir", folder,
               "--dtype", "bfloat16", "--max_completion_tokens", 8)  # fmt: skip
     result = run(
         *common, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
-        "--max_prompt_tokens", 11, "--warm_start_steps", 1, PYTHONPATH=math_verify,
+        "--max_prompt_tokens", 800, "--warm_start_steps", 1, PYTHONPATH=math_verify,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "math, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
