@@ -1144,9 +1144,8 @@ def load_state(config):
     checkpoints = find_checkpoints(Path(config.output_dir))
     if config.eval_only or not config.resume or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
-        return None, {
-            "step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings,
-        }  # fmt: skip
+        start = {"step": 0, "asked": asked, "seconds": 0.0, "metrics": ""}
+        return None, start | {"config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
     with blame(UNREADABLE.format(path)):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
