@@ -49,10 +49,9 @@ ranks, as the paper writes it, however they fall into micro-batches and ranks.
 
 Letters of shapes:
 
-    Q questions                 L prompt tokens            B rows of a micro-batch
-    G completions a question    C completion tokens        R rows that are being sampled
-    k kept a question           T = L + C of a row         N rows of a step, of all ranks
-    V vocabulary
+    Q questions                 L prompt tokens       B rows of a micro-batch        V vocabulary
+    G completions a question    C completion tokens   R rows that are being sampled
+    k kept a question           T = L + C of a row    N rows of a step, of all ranks
 
 Rows are question-major: with Q = 2 and G = 3 they belong to questions 0 0 0 1 1 1, so that
 rewards.view(Q, G) has a question in each row. A suffix, as in rewards_QG, names such a shape.
@@ -99,6 +98,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MAX_REFILL_ROUNDS = 4  # of sampling in a step: more than one only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
 WARM_START_BATCH = 32  # demonstrations a step, on all ranks
+UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
 
 
@@ -181,12 +181,9 @@ class Config:
             raise UserError(f"--task must be auto or one of {', '.join(TASKS)}, not {self.task}")
 
         given_batch_size = self.batch_size
-        defaults = {
-            "output_dir": f"runs/{self.task}",
-            "dtype": "bfloat16" if cuda else "float32",
-            "tokens_per_microbatch": 4096 if cuda else 1024,
-        }
-        for name, value in (defaults | TASKS[self.task].defaults).items():
+        dtype, size = ("bfloat16", 4096) if cuda else ("float32", 1024)
+        own = {"output_dir": f"runs/{self.task}", "dtype": dtype, "tokens_per_microbatch": size}
+        for name, value in (own | TASKS[self.task].defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -257,17 +254,17 @@ class Completion:
 
 # --- Sampling -------------------------------------------------------------------------------------
 def sample_tokens(logits, temperature, top_p=1.0):
-    """(R, V) logits -> next tokens (R,) and their log-probabilities (R,). Temperature 0 is greedy;
-    with top_p < 1 only the likeliest tokens count, the fewest that together reach top_p."""
+    """(R, V) logits -> next tokens (R,), their log-probabilities (R,). Temperature 0 is greedy."""
+    if logits.isnan().any():  # which argmax would take for the likeliest token
+        raise FloatingPointError("the model's logits are nan")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
     logits = logits.float() / temperature
-    if top_p < 1:
+    if top_p < 1:  # only the likeliest tokens count, the fewest that together reach top_p
         logits = transformers.TopPLogitsWarper(top_p)(None, logits)
     probs = F.softmax(logits, dim=-1)  # (R, V)
 
-    # Inverse CDF: one random number a row, where torch.multinomial would draw V of them.
-    # It is summed in float64, because V roundings add up.
+    # Inverse CDF: one random number a row, not torch.multinomial's V; float64, as roundings add up.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
     tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1)
@@ -302,13 +299,11 @@ class RoomyLayer(DynamicLayer):
 
 @torch.no_grad()
 def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_ids, top_p=1.0):
-    """Samples G completions for each of Q prompts (token ids): Q G of them, question-major.
-    Each ends with an EOS, unless it was cut at `max_tokens`. Temperature 0 is greedy."""
+    """Samples G completions for each of Q prompts (token ids): Q G of them, question-major."""
     L = max(map(len, prompts))
     device = model.device
     # Prompts are padded on the left: all end in the last column, where the completions begin.
-    padded = [[-1] * (L - len(p)) + p for p in prompts]
-    padded = torch.tensor(padded, device=device)  # (Q, L)
+    padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
     input_ids = padded.clamp(min=0)  # (Q, L)
     attention_mask = (padded >= 0).long()  # (Q, L)
     cache = DynamicCache(config=model.config)
@@ -358,7 +353,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # -$1,234.50, $-5 or 50%. No + or * stands inside another: linear time on any text.
 NUMBER = re.compile(
-    r"(?:([+-]?)\$?|\$([+-]))((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)%?\.?"
+    r"((?:[+-]?\$?|\$[+-])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+))%?\.?"
 )
 
 
@@ -371,22 +366,18 @@ def extract_answer(text):
 
 def format_reward(text):
     """1 for `<think>...</think>\\n<answer>...</answer>`, each tag once, nothing around; else 0."""
-    in_order = text.startswith("<think>") and text.endswith("</answer>")
-    joined = "</think>\n<answer>" in text
     once = all(text.count(tag) == 1 for tag in TAGS)
-    return float(in_order and joined and once)
+    form = "<think>.*</think>\n<answer>.*</answer>"
+    return float(once and bool(re.fullmatch(form, text, re.DOTALL)))
 
 
 def same_number(given, answer):
     """Whether both are one number, exactly; commas, $, % and a full stop left aside."""
-    values = []
-    for text in (given, answer):
-        match = NUMBER.fullmatch(text.replace("\N{MINUS SIGN}", "-"))
-        if not match:
-            return False
-        sign = match[1] or match[2] or ""
-        values.append(Decimal(sign + match[3].replace(",", "")))
-    return values[0] == values[1]
+    matches = [NUMBER.fullmatch(x.replace("\N{MINUS SIGN}", "-")) for x in (given, answer)]
+    if not all(matches):
+        return False
+    first, second = (Decimal(re.sub("[$,]", "", match[1])) for match in matches)
+    return first == second
 
 
 def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5):
@@ -410,21 +401,19 @@ def task_reward(text, answer, task):
 
 def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=1.0):
     """Samples and scores G completions of each of Q questions: Q G of them, question-major."""
-    eos_ids = model.generation_config.eos_token_id
     at_once = min(MAX_PROMPTS, config.sample_batch // group_size)
     completions = []
     for start in range(0, len(questions), at_once):
         chunk = questions[start : start + at_once]
         sampled = sample_completions(
             model, [q.prompt_ids for q in chunk], group_size, config.max_completion_tokens,
-            temperature, eos_ids, top_p,
+            temperature, model.generation_config.eos_token_id, top_p,
         )  # fmt: skip
         for i, c in enumerate(sampled):
             question = chunk[i // group_size]
             # All that the model wrote is scored, special tokens too, which the tags may be.
             ids = c.token_ids if c.truncated else c.token_ids[:-1]
-            written = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            c.text = question.opening + written
+            c.text = question.opening + tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             c.answer = question.answer
             c.format_reward = format_reward(c.text)
             c.accuracy_reward = task_reward(c.text, c.answer, config.task)
@@ -457,12 +446,10 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
 def collect_batch(draw, stream, room, config):
-    """Greedy dynamic refill: takes new questions, samples and prunes until the room is full.
-
-    `draw(questions)` gives Q G scored completions; `room`, a multiple of k, is the number of rows
-    that this rank trains in a step. Returns the kept ones (at most `room`), all sampled ones, and
-    the rounds. One round fills the room, unless gamma drops rows: then more questions are asked
-    while there is room for k rows, in MAX_REFILL_ROUNDS at most."""
+    """Samples and prunes new questions until this rank has the `room` rows of a step, a multiple of
+    k. One round fills it, unless gamma drops rows: then more questions are asked while there is
+    room for k rows, in MAX_REFILL_ROUNDS at most. `draw(questions)` gives Q G scored completions.
+    Returns the kept ones (at most `room`), all sampled ones, and the rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -508,8 +495,7 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
     length = torch.tensor([[len(r.token_ids)] for r in rows])  # (B, 1)  |o_i|
     T = max(r.num_tokens for r in rows)
     C = int(length.max())
-    padded = [(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows]
-    input_ids = torch.tensor(padded)  # (B, T)
+    input_ids = torch.tensor([(r.prompt_ids + r.token_ids + [0] * T)[:T] for r in rows])  # (B, T)
     next_place = torch.arange(T) + 1 - prompt_length  # (B, T) index in o_i of the next token
     predicts = (next_place >= 0) & (next_place < length)  # (B, T)
     mask = torch.arange(C) < length  # (B, C)
@@ -520,14 +506,13 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
 
 
 def pack(rows: list[Completion], tokens_per_microbatch):
-    """Splits rows, all of them, into micro-batches of at most so many tokens, padding included:
-    longest first, so that little is padding. A row that is longer than the limit goes alone."""
+    """Splits rows into micro-batches of at most so many tokens, padding included; longest first."""
     packs: list[list[Completion]] = []
     room = 0  # rows that the last pack may still take
-    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):
+    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):  # so little is padding
         if room < 1:
             packs.append([])
-            room = max(1, tokens_per_microbatch // row.num_tokens)
+            room = max(1, tokens_per_microbatch // row.num_tokens)  # too long a row goes alone
         packs[-1].append(row)
         room -= 1
     return packs
@@ -745,8 +730,7 @@ def load_table(source, split):
 
 def table_questions(system, form, source, split):
     """Questions of a file or of a data set on the hub. A row's columns are `question` or `problem`;
-    and `answer`, or `solution`, or both. The answer is what follows `####` in them, or stands in
-    the last box, or all. `form` is how a demonstration gives it. Raises UserError."""
+    and `answer`, or `solution`, or both. `form` is how a demonstration gives the answer."""
     questions = []
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
@@ -834,11 +818,9 @@ TASKS = {
 def load_questions(config):
     """The task's questions, to train on and, the first --eval_questions of them, to test."""
     task = TASKS[config.task]
-    train, test = [], []
-    if not config.eval_only:
-        train = task.questions(config.train_data, "train")
-    if config.eval_questions != 0:
-        test = task.questions(config.test_data, "test")[: config.eval_questions]
+    train = [] if config.eval_only else task.questions(config.train_data, "train")
+    test = [] if config.eval_questions == 0 else task.questions(config.test_data, "test")
+    test = test[: config.eval_questions]
     if not train + test:
         raise UserError(f"--task {config.task} has no questions, or --eval_questions is 0")
     # A reward that cannot work (math-verify is missing, say) fails here, before a model is loaded.
@@ -869,8 +851,7 @@ def encode_questions(questions: list[Question], tokenizer):
 
 
 def question_stream(questions, seed):
-    """This rank's endless share of the questions. Every epoch is shuffled and dealt out to the
-    ranks like cards, so that no question comes twice in it."""
+    """This rank's endless share of the questions: each epoch is shuffled and dealt like cards."""
     for epoch in itertools.count():
         shuffled = random.Random(f"{seed} {epoch}").sample(questions, len(questions))
         yield from shuffled[RANK::WORLD_SIZE]
@@ -880,8 +861,7 @@ def question_stream(questions, seed):
 def tiny_model_and_tokenizer():
     """A random Llama of 0.45M parameters and a tokenizer of characters; each tag is one token."""
     words = ["<pad>", "<eos>", *TAGS, *"\n +=0123456789"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocabulary))
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
     special = {"pad_token": "<pad>", "eos_token": "<eos>"}
@@ -895,8 +875,7 @@ def tiny_model_and_tokenizer():
 
 
 def load_model_and_tokenizer(name, what):
-    """The model, in float32, and its tokenizer, from a folder or the hub; None is the tiny one.
-    Raises a UserError that blames `what`."""
+    """The model, in float32, and its tokenizer, from a folder or the hub; None is the tiny one."""
     transformers.utils.logging.disable_progress_bar()
     with blame(what):
         if name is None:
@@ -942,8 +921,7 @@ def check_fit(model, tokenizer, questions, config):
 
 
 def check_sampler(model, prompt_ids: list[int], config):
-    """Samples a little: a model with a cache that sample_completions cannot handle (Mamba's, say)
-    draws with other probabilities than it would be trained with. Raises UserError."""
+    """Samples a little, to refuse a cache that sample_completions cannot handle (Mamba's, say)."""
     prompts = [prompt_ids, prompt_ids[:1]]  # the second one is padded
     what = f"--model {config.model}: this kind of model cannot be sampled from here"
     with blame(what), torch.no_grad():
@@ -963,15 +941,13 @@ def copy_for(model, dtype):
 
 
 def make_optimizer(policy, learning_rate, num_updates, config):
-    """AdamW without weight decay, and a cosine schedule, as in the paper's recipe: back to 0 after
-    the last step, and with a warm-up from 0, so that the first optimizer step moves nothing. Each
-    of several ranks holds AdamW's moments of its share of the weights."""
+    """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
+    from 0, so that the first optimizer step moves nothing, and back to 0 after the last."""
     # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
-    settings = {"lr": learning_rate, "weight_decay": 0.0, "fused": WORLD_SIZE == 1}
+    kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
-        optimizer = ZeroRedundancyOptimizer(policy.parameters(), torch.optim.AdamW, **settings)
-    else:
-        optimizer = torch.optim.AdamW(policy.parameters(), **settings)
+        kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
+    optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=WORLD_SIZE == 1)
     warmup = math.ceil(num_updates * config.warmup_ratio)
     return optimizer, transformers.get_scheduler("cosine", optimizer, warmup, num_updates)
 
@@ -1044,8 +1020,7 @@ def evaluate(model, tokenizer, questions: list[Question], config):
     seed_step(config.seed, 0)  # the same numbers for each evaluation
     n = config.eval_samples
     temperature, top_p = (0.6, 0.95) if n > 1 else (0.0, 1.0)
-    share = questions[RANK::WORLD_SIZE]
-    sampled = rollout(model, tokenizer, share, config, n, temperature, top_p)
+    sampled = rollout(model, tokenizer, questions[RANK::WORLD_SIZE], config, n, temperature, top_p)
     right = sum(over_ranks(sum(c.accuracy_reward >= 1.5 for c in sampled)))
     accuracy = right / (len(questions) * n)
     say(f"cppo: {accuracy:.1%} of {len(questions):,} test questions right")
@@ -1055,18 +1030,15 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
-    """A step's counts over all ranks, and averages over completions, None if nothing was kept.
-    `row_sums` are update's: sums over this rank's kept completions, and the gradient's norm."""
+    """Counts over all ranks, and averages, None if nothing was kept; `row_sums` are update's."""
     rewards_QG = torch.tensor([c.reward for c in sampled]).view(-1, config.group_size)
     counts = {
-        "questions": len(rewards_QG),
-        "sampled": len(sampled),
-        "kept": len(kept),
+        "questions": len(rewards_QG), "sampled": len(sampled), "kept": len(kept),
         "dead_groups": (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item(),
         "refill_rounds": rounds,
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
-    }
+    }  # fmt: skip
     sums = {  # by the count that divides them
         "sampled": {
             "reward": sum(c.reward for c in sampled),
@@ -1134,18 +1106,13 @@ def save_checkpoint(folder, learner, tokenizer, state):
         unfinished.rename(path)
 
 
-UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
-
-
 def load_state(config):
-    """The checkpoint to go on from, and what save_checkpoint saved there; or None, and the state in
-    which a run begins. Raises UserError."""
+    """The newest checkpoint and its state, if it is to go on; or None, and a new run's state."""
     settings = asdict(config)
     checkpoints = find_checkpoints(Path(config.output_dir))
     if config.eval_only or not config.resume or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
-        start = {"step": 0, "asked": asked, "seconds": 0.0, "metrics": ""}
-        return None, start | {"config": settings}
+        return None, {"step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
     with blame(UNREADABLE.format(path)):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
@@ -1225,9 +1192,8 @@ def set_up(config):
 
 def make_learner(run, policy, num_updates, config):
     """The learner of a new run after its warm start, or as the checkpoint has it."""
-    model, sampler, reference = run.model, run.model, None
-    if config.dtype != "float32":
-        sampler = copy_for(model, config.dtype)
+    model, reference = run.model, None
+    sampler = model if config.dtype == "float32" else copy_for(model, config.dtype)
     if config.beta > 0:
         initial = model
         if run.checkpoint:  # the model has moved since the start, which is checkpoint-0
@@ -1264,9 +1230,8 @@ def train(config):
         return
 
     per_step = config.batch_size // config.num_kept  # questions, unless gamma makes room for more
-    last = config.steps
-    if last is None:  # one epoch
-        last = math.ceil(len(questions) / per_step)
+    an_epoch = math.ceil(len(questions) / per_step)
+    last = an_epoch if config.steps is None else config.steps
     policy = model
     if WORLD_SIZE > 1:  # the buffers, rotary frequencies, are the same everywhere and never change
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
@@ -1317,7 +1282,7 @@ def main():
     try:
         train(Config(**vars(parser.parse_args())))
         status = 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         message = error
     except torch.OutOfMemoryError:
         message = "CUDA is out of memory: lower --tokens_per_microbatch or --sample_batch"
