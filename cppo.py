@@ -88,7 +88,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -946,6 +945,8 @@ def make_optimizer(policy, learning_rate, num_updates, config):
     # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
+
         kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
     optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=WORLD_SIZE == 1)
     warmup = math.ceil(num_updates * config.warmup_ratio)
