@@ -254,7 +254,7 @@ class Completion:
 # --- Sampling -------------------------------------------------------------------------------------
 def sample_tokens(logits, temperature, top_p=1.0):
     """(R, V) logits -> next tokens (R,), their log-probabilities (R,). Temperature 0 is greedy."""
-    if logits.isnan().any():  # which argmax would take for the likeliest token
+    if logits[:, 0].isnan().any():  # then all of that row is, and argmax would choose one of them
         raise FloatingPointError("the model's logits are nan")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
