@@ -942,12 +942,12 @@ def copy_for(model, dtype):
 def make_optimizer(policy, learning_rate, num_updates, config):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
     from 0, so that the first optimizer step moves nothing, and back to 0 after the last."""
-    # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
 
         kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
+    # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
     optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=WORLD_SIZE == 1)
     warmup = math.ceil(num_updates * config.warmup_ratio)
     return optimizer, transformers.get_scheduler("cosine", optimizer, warmup, num_updates)
