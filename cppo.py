@@ -42,7 +42,7 @@ makes up for that, and once a token has moved by eps in the direction of A, the 
 KL_t estimates KL(pi_theta || pi_ref) from the one sampled token, and is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
-the paper's other form of (2): a floor for |A|.)
+the paper's floor for |A|: of the k, those below it are dropped.)
 Unlike the authors' code: pruning is per question (theirs ranks a whole batch, where a question can
 lose everything), k is never 0, and (5) averages over tokens, then over the completions of all
 ranks, as the paper writes it, however they fall into micro-batches and ranks.
@@ -61,6 +61,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -94,7 +95,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-MAX_REFILL_ROUNDS = 4  # of sampling in a step: more than one only if --gamma drops rows
+MAX_REFILL_ROUNDS = 4  # of sampling in a step: one fills it, unless --gamma drops rows
 MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
 WARM_START_BATCH = 32  # demonstrations a step, on all ranks
 UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
@@ -132,7 +133,7 @@ class Config:
     max_prompt_tokens: int | None = flag(None, "longer prompts are not trained on", "[1, inf)")
 
     # The batch and pruning
-    batch_size: int | None = flag(None, "N: completions trained a step, by all ranks", "[1, inf)")
+    batch_size: int | None = flag(None, "N: completions trained a step by all ranks", "[1, inf)")
     group_size: int = flag(16, "G: completions sampled per question", "[2, inf)")
     pruning_rate: float = flag(0.875, "P: share pruned, k = floor(G (1 - P)); 0: GRPO", "[0, 1)")
     gamma: float = flag(0.0, "of the k, those with |A| < gamma are dropped; 0: none", "[0, inf)")
@@ -254,7 +255,7 @@ class Completion:
 # --- Sampling -------------------------------------------------------------------------------------
 def sample_tokens(logits, temperature, top_p=1.0):
     """(R, V) logits -> next tokens (R,), their log-probabilities (R,). Temperature 0 is greedy."""
-    if logits[:, 0].isnan().any():  # then all of that row is, and argmax would choose one of them
+    if logits[:, 0].isnan().any():  # a nan fills its whole row, and argmax would take it
         raise FloatingPointError("the model's logits are nan")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
@@ -266,8 +267,8 @@ def sample_tokens(logits, temperature, top_p=1.0):
     # Inverse CDF: one random number a row, not torch.multinomial's V; float64, as roundings add up.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
-    tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1)
-    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # the threshold may round up to the last column
+    tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1); right: none of probability 0
+    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # the threshold may round up to the cdf's end
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -308,7 +309,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # For logits_to_keep, whose 1 would take a slice: not contiguous, so slow in bfloat16 on CPUs.
+    # For logits_to_keep. An index copies; the number 1 would take a slice, slow in CPUs' bfloat16.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -379,14 +380,14 @@ def same_number(given, answer):
     return first == second
 
 
-def accuracy_reward(text, answer, extract=None, same=same_number, nearly=1.5):
-    """2 if the text's answer is right to the letter, `nearly` if it is the `same`, else 0."""
-    given = (extract or extract_answer)(text)
+def accuracy_reward(text, answer):
+    """A task's usual reward: 2 if right to the letter, 1.5 if it is the same number, else 0."""
+    given = extract_answer(text)
     if not given:
         return 0.0  # no answer is never right
     if given == answer:
         return 2.0
-    return nearly if same(given, answer) else 0.0
+    return 1.5 if same_number(given, answer) else 0.0
 
 
 def task_reward(text, answer, task):
@@ -445,10 +446,10 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
 def collect_batch(draw, stream, room, config):
-    """Samples and prunes new questions until this rank has the `room` rows of a step, a multiple of
-    k. One round fills it, unless gamma drops rows: then more questions are asked while there is
-    room for k rows, in MAX_REFILL_ROUNDS at most. `draw(questions)` gives Q G scored completions.
-    Returns the kept ones (at most `room`), all sampled ones, and the rounds."""
+    """Asks room / k questions, where GRPO asks room / G, and keeps k completions of each: the rows
+    that this rank trains in a step. One round fills the `room`, a multiple of k. Only if gamma has
+    dropped k rows or more there are further ones, MAX_REFILL_ROUNDS in all. `draw(questions)` gives
+    Q G scored completions. Returns the kept ones, all sampled ones, and the number of rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -482,7 +483,7 @@ class Batch:
     predicts: torch.Tensor  # (B, T) bool: the next token is one of the completion's
     mask: torch.Tensor  # (B, C) bool: the completion's own tokens, EOS included
     advantages: torch.Tensor  # (B,)
-    sampled_log_probs: torch.Tensor  # (B, C) the sampler's, 0 in padding; for sampling_gap alone
+    sampled_log_probs: torch.Tensor  # (B, C) the sampler's, 0 in padding: only for a check
     old_log_probs: torch.Tensor | None = None  # (B, C) pi_old, from the first of the mu iterations
     ref_log_probs: torch.Tensor | None = None  # (B, C) pi_ref, if there is one
 
@@ -519,8 +520,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so logits are computed only where they predict a completion's token. Models of
-    # transformers 5 also take a (B, T) bool mask, and keep its Trues alone, M = sum_i |o_i| rows.
+    # V is large, so logits are computed only where they predict a completion's token. Of a (B, T)
+    # mask transformers 5 makes lm_head(hidden[mask]), with hidden (B, T, H): M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -561,7 +562,7 @@ class Learner:
     model: torch.nn.Module  # the trained weights, in float32
     policy: torch.nn.Module  # the model; if there are several ranks, wrapped in DDP
     sampler: torch.nn.Module  # the model; in bfloat16 a rounded copy, refreshed after each step
-    reference: torch.nn.Module | None  # pi_ref: a copy from before the first step; None: beta is 0
+    reference: torch.nn.Module | None  # pi_ref: a copy from after the warm start; None: beta is 0
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
@@ -575,8 +576,7 @@ def accumulate_gradient(learner, batches, N, config):
         if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
             learner.policy.require_backward_grad_sync = batch is batches[-1]
         # Only matrix products are bfloat16: weights are not, as a step of 1e-6 would not move them.
-        is_bfloat16 = config.dtype == "bfloat16"
-        with torch.autocast(learner.model.device.type, torch.bfloat16, enabled=is_bfloat16):
+        with torch.autocast(learner.model.device.type, torch.bfloat16, config.dtype == "bfloat16"):
             log_probs = token_log_probs(learner.policy, batch, config.temperature)  # (B, C)
         if batch.old_log_probs is None:
             # The weights have not moved since the sampling: pi_old costs no pass of its own.
@@ -598,8 +598,7 @@ def accumulate_gradient(learner, batches, N, config):
 
     if N and not batches:  # only other ranks have rows: they wait for this one's gradients, zeros
         token = torch.tensor([[0]], device=learner.model.device)
-        logits = learner.policy(input_ids=token, use_cache=False).logits
-        (0 * logits.sum()).backward()
+        (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
 
 
@@ -623,7 +622,7 @@ def update(learner, rows, N, config):
     accumulate_gradient's sums and `grad_norm`, averaged over the mu steps."""
     parts = pack(rows, config.tokens_per_microbatch)
     batches = [make_batch(part, learner.model.device) for part in parts]
-    if config.beta > 0:  # pi_ref, the same in all mu iterations
+    if config.beta > 0:  # pi_ref, once for all mu iterations; its own weights have the dtype
         with torch.no_grad():
             for batch in batches:
                 batch.ref_log_probs = token_log_probs(learner.reference, batch, config.temperature)
@@ -709,7 +708,7 @@ def load_table(source, split):
     if kind in (".json", ".jsonl", ".csv"):
         # Not by datasets, which guesses each column's type: 3 may become 3.0, or NA nothing.
         text = Path(source).read_text("utf-8-sig")
-        if kind == ".csv":  # too many cells in a row make its answer a list, which is refused
+        if kind == ".csv":  # a row's surplus cells become its answer, as a list, which is refused
             return csv.DictReader(io.StringIO(text), restkey="answer", strict=True)
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -740,7 +739,7 @@ def table_questions(system, form, source, split):
             text = question or problem
             # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone.
             whole = solution or answer
-            think, marks, final = whole.rpartition("####")
+            think, marks, final = whole.rpartition("####")  # without marks, final is all of it
             if not marks and (solution or boxed(whole)):
                 think, final = whole, boxed(whole) or ""
             if not (solution and answer):  # else `answer` has a column of its own
@@ -773,14 +772,17 @@ def boxed(text):
     return None
 
 
-def same_mathematics(given, answer):
-    """Whether two LaTeX expressions are equal, in the eyes of math-verify."""
+def math_reward(text, answer):
+    """2 if the text's last box holds what is equal to the answer, as math-verify says, else 0."""
+    given = boxed(text)
+    if not given:
+        return 0.0
     with blame("--task math needs one more package: pip install math-verify", ImportError):
         from math_verify import parse, verify
-    return verify(*(parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given)))
+    right, own = (parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given))
+    return 2.0 if given == answer or verify(right, own) else 0.0
 
 
-math_reward = partial(accuracy_reward, extract=boxed, same=same_mathematics, nearly=2.0)
 SYSTEM_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
     "it. The assistant first thinks about the reasoning process in the mind and then provides the "
@@ -982,7 +984,7 @@ def over_ranks(value):
 
 
 def say(text):
-    """Prints above the progress bar, on the first rank, and at once, also into a file."""
+    """Prints on the first rank, above the progress bar; flushed, for whoever follows a log."""
     if RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
@@ -1032,11 +1034,12 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
     """Counts over all ranks, and averages, None if nothing was kept; `row_sums` are update's."""
-    rewards_QG = torch.tensor([c.reward for c in sampled]).view(-1, config.group_size)
+    rewards = torch.tensor([c.reward for c in sampled], dtype=torch.float64)
+    rewards_QG = rewards.view(-1, config.group_size)
     counts = {
         "questions": len(rewards_QG), "sampled": len(sampled), "kept": len(kept),
         "dead_groups": (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item(),
-        "refill_rounds": rounds,
+        "refill_rounds": rounds,  # also a sum over ranks
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
     }  # fmt: skip
@@ -1109,7 +1112,7 @@ def save_checkpoint(folder, learner, tokenizer, state):
 
 def load_state(config):
     """The newest checkpoint and its state, if it is to go on; or None, and a new run's state."""
-    settings = asdict(config)
+    settings = asdict(config) | {"ranks": WORLD_SIZE}
     checkpoints = find_checkpoints(Path(config.output_dir))
     if config.eval_only or not config.resume or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
@@ -1118,10 +1121,10 @@ def load_state(config):
     with blame(UNREADABLE.format(path)):
         # mmap: else each of 8 ranks would read all of AdamW's moments into memory
         state = torch.load(path, "cpu", weights_only=True, mmap=True)
-        before = state["config"] | {"ranks": len(state["asked"])}
+        before = state["config"]
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
-    may_change |= {"tokens_per_microbatch", "sample_batch"}  # other roundings, other draws
-    for name, now in (settings | {"ranks": WORLD_SIZE}).items():
+    may_change |= {"tokens_per_microbatch", "sample_batch"}  # these move roundings and draws
+    for name, now in settings.items():
         if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
     return checkpoints[-1], state
@@ -1168,7 +1171,7 @@ def set_up(config):
     loaded, test_questions = load_questions(config)
     texts = repr([(q.prompt, q.answer) for q in loaded + test_questions])
     questions_hash = hashlib.sha256(texts.encode()).hexdigest()
-    if state.setdefault("questions_hash", questions_hash) != questions_hash:  # a new run keeps it
+    if state.setdefault("questions_hash", questions_hash) != questions_hash:  # a new run stores it
         raise UserError("--resume: the questions are not those that the run began with")
 
     torch.manual_seed(config.seed)  # of the tiny model's weights
@@ -1234,15 +1237,14 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # the buffers, rotary frequencies, are the same everywhere and never change
+    if WORLD_SIZE > 1:  # buffers, the rotary frequencies, never change: no need to broadcast them
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
         say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
         stream = question_stream(questions, config.seed)
         if not run.checkpoint:
-            record = warm_start(model, policy, stream, config)
-            append_metrics(run.folder, record)
+            append_metrics(run.folder, warm_start(model, policy, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
@@ -1277,6 +1279,11 @@ def main():
     """The command line: a user's mistake is one line on stderr, and exit status 2."""
     # Without expandable segments the cache's growth breaks a GPU's memory into small pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        # Else glibc gives freed tensors back to the kernel, which wipes each new page: 8% of the
+        # time of a model of 135M parameters.
+        for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
     status, message = 2, None

@@ -29,10 +29,10 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's, on any machine
 import datasets
-import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -81,9 +81,8 @@ def tiny(family: str, vocabulary: int = 20):
     shape |= {
         "Mamba": dict(state_size=8), "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64),
         "Gemma3Text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-        "Qwen3Next": dict(  # three layers of linear attention, one of full attention
-            num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3], linear_num_key_heads=2,
-            linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
+        "Qwen3Next": dict(layer_types=["linear_attention", "full_attention"],
+                          mlp_only_layers=[0, 1], linear_num_key_heads=2, linear_num_value_heads=2),
     }.get(family, {})  # fmt: skip
     shape = getattr(transformers, f"{family}Config")(**shape, **size)
     return transformers.AutoModelForCausalLM.from_config(shape).eval()
@@ -110,27 +109,20 @@ def config(**changes) -> Config:
     return Config(task="arithmetic", **changes)
 
 
-def learner_of(model, make=None, reference=None, ddp=False) -> Learner:
-    """With a rate that stays the same. `make` gives the optimizer of a policy: by default one whose
-    step is minus the gradient."""
+def learner_of(model, reference=None, ddp=False, adamw=False) -> Learner:
+    """With a rate that stays the same. Its step is minus the gradient, or cppo.py's AdamW's."""
     policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
-    optimizer = make(policy) if make else torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    if adamw:
+        optimizer, _ = cppo.make_optimizer(policy, 1e-2, 8, config(warmup_ratio=0.0))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return Learner(model, policy, model, reference, optimizer, scheduler)
-
-
-def adamw(learning_rate: float):
-    """make_optimizer's optimizer, for learner_of."""
-    settings = config(warmup_ratio=0.0)
-    return lambda policy: cppo.make_optimizer(policy, learning_rate, 8, settings)[0]
 
 
 def gradients_of_update(rows, N=12, ddp=False, **changes) -> list[torch.Tensor]:
     """The gradient that update() steps along, with a reference that is not the policy."""
     reference = tiny("Llama")
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.mul_(1.1)
+    reference.load_state_dict({name: 1.1 * x for name, x in reference.state_dict().items()})
     learner = learner_of(tiny("Llama"), reference=reference, ddp=ddp)
     before = [p.detach().clone() for p in learner.model.parameters()]
     settings = config(num_iterations=1, max_grad_norm=1e9, **changes)
@@ -149,15 +141,17 @@ def save_tiny_model(folder: Path):
     return folder
 
 
-def run(*arguments, ranks: int = 1, script=SCRIPT, **environment):
-    """A real process: python, or torchrun where there are several ranks."""
-    process = start_process(*arguments, ranks=ranks, script=script, **environment)
+def run(*arguments, **how) -> str:
+    """What a real process prints, which must succeed."""
+    process = start_process(*arguments, **how)
     out, err = process.communicate(timeout=150)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    assert process.returncode == 0, err
+    return out
 
 
 def start_process(*arguments, ranks: int = 1, script=SCRIPT, **environment) -> subprocess.Popen:
-    """A real process, left running, with one thread: spinning threads would slow down others."""
+    """Python, or torchrun where there are several ranks, left running. With one thread: spinning
+    threads would slow down others."""
     launcher = [] if script[:1] == [RUN_MULTI_GPU] else [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -199,7 +193,6 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--prun", "0.5"], "--prun"), (["--task", "poetry"], "--task"), (["hello"], "hello"),
         (["--sample_batch", "15"], "--sample_batch must be at least"),
         (["--eval_samples", "1025"], "--sample_batch must be at least"),
-        (["--pruning_rate", "0", "--batch_size", "24"], "of 16, ranks x k: 16 or 32"),
         (["--eval_only", "--eval_questions", "0"], "has no questions, or --eval_questions is 0"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task arithmetic makes its own"),
         (["--model", "no/such/folder"], "--model no/such/folder"),
@@ -209,7 +202,6 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--output_dir", "full", "--resume"], "--output_dir full is not empty"),
         (["--output_dir", "full/file/run"], "--output_dir full/file/run cannot be written"),
         (["--task", "bare"], "--warm_start_steps must be 0"),
-        (["--task", "empty"], "--task empty has no questions"),
         (["--task", "minus"], "--model None: its tokenizer or chat template refuses the questions"),
     ],
 )  # fmt: skip
@@ -217,11 +209,8 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("precious")
-    if flags[0] == "--train_data":
-        flags = [*flags, "--model", save_tiny_model(tmp_path / "model")]
-    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):
-        questions = [Question(prompt, "2") for prompt in prompts]
-        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
+    for task, prompt in (("bare", "1+1="), ("minus", "1-1=")):
+        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, p=prompt: [Question(p, "2")])
         monkeypatch.setitem(cppo.TASKS, task, own)
     before = sorted(tmp_path.rglob("*"))
     status, error = command_line(monkeypatch, capsys, "--output_dir", "out", *flags)
@@ -232,6 +221,9 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
 
 
 def test_no_memory_no_disk_and_ctrl_c_are_one_line_and_a_bug_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(cppo, "RANK", 1)  # any rank of several says what ends it
+    monkeypatch.setattr(cppo.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(cppo.os, "_exit", sys.exit)
     for error, status, says in (
         (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
@@ -247,7 +239,6 @@ def test_ranks_x_k_divide_the_batch_and_there_are_no_more_ranks_than_gpus(monkey
     monkeypatch.setattr(cppo, "WORLD_SIZE", 8)
     assert config(batch_size=128).batch_size == 128
     assert config(group_size=6, pruning_rate=0.5).batch_size == 24  # a default is rounded
-    assert config(group_size=5, pruning_rate=0.8).batch_size == 16
     with pytest.raises(UserError, match="multiple of 16, ranks x k: 96 or 112"):
         config(batch_size=100)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
@@ -277,8 +268,7 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
     for i, row in enumerate(rows):
         *before, last = row.token_ids
         assert row.truncated == (last not in eos_ids) and not {*before} & {*eos_ids}
-        alone = naive_log_probs(model, row, temperature)
-        # both agree with a forward pass of the row alone
+        alone = naive_log_probs(model, row, temperature)  # a pass without padding agrees
         torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
 
 
@@ -361,42 +351,35 @@ REWARDS = [  # completion, right answer, format reward, accuracy reward
     *[(text.replace("{", "<think>hm</think>").replace("}", "<answer>72</answer>"), "72", form, acc)
       for text, form, acc in (
         ("{\n}", 1, 2), ("<think></think>\n}", 1, 2), ("<think>a\nb\n\nc</think>\n}", 1, 2),
-        ("{}", 0, 2), ("{ }", 0, 2), ("{\n\n}", 0, 2), ("{\r\n}", 0, 2), (" {\n}", 0, 2),
-        ("{\n}\n", 0, 2), ("{\n} I am sure.", 0, 2), ("Well. {\n}", 0, 2), ("<think>hm\n}", 0, 2),
-        ("hm</think>\n}", 0, 2), ("}", 0, 2), ("}\n{", 0, 2), ("<think>{\n}", 0, 2),
-        ("{\n<answer>71</answer>\n}", 0, 2), ("{\n}\n<answer>71</answer>", 0, 0),
+        ("{}", 0, 2), ("{ }", 0, 2), ("{\n\n}", 0, 2), ("{\n}\n", 0, 2), ("Well. {\n}", 0, 2),
+        ("<think>hm\n}", 0, 2), ("}", 0, 2), ("}\n{", 0, 2), ("{\n<answer>71</answer>\n}", 0, 2),
         ("{\n<answer>72", 0, 0), ("<Think>hm</Think>\n<Answer>72</Answer>", 0, 0), ("72", 0, 0),
     )],
     # no answer is never right
-    ("", "", 0, 0), (right_form(""), "", 1, 0), (right_form(" "), "", 1, 0),
-    (right_form("None"), "72", 1, 0),
+    ("", "", 0, 0), (right_form(""), "", 1, 0), ("72", "None", 0, 0),
     # the same number, written otherwise
     *[(right_form(given), answer, 1, 1.5) for given, answer in (
-        ("72.0", "72"), ("72.00", "72."), ("72.", "72"), ("072", "72"), ("+72", "72"),
-        ("$72", "72"), ("$72.00.", "72"), ("72%", "72"), ("1234", "1,234"), (".5", "0.5"),
-        ("1,234,567.50", "1234567.5"), ("-$5", "-5"), ("$-5", "-5"), ("-0", "0"),
-        ("\N{MINUS SIGN}5", "-5"),
+        ("72.0", "72"), ("72", "72."), ("072", "72"), ("+72", "72"), ("$72.00.", "72"),
+        ("72%", "72"), (".5", "0.5"), ("1,234,567.50", "1234567.5"), ("-$5", "-5"),
+        ("$-5", "-5"), ("-0", "0"), ("\N{MINUS SIGN}5", "-5"),
     )],
     (right_form("1,234"), "1,234", 1, 2), (right_form("x = 3"), "x = 3", 1, 2),
     # other numbers, or none
     *[(right_form(given), answer, 1, 0) for given, answer in (
-        ("-72", "72"), ("72", "-72"), ("7.2", "72"), ("12,34", "1234"), ("1,2345", "12345"),
-        ("72 clips", "72"), ("70+2", "72"), ("7 2", "72"), ("7.2e1", "72"), ("+-72", "-72"),
-        ("--72", "72"), ("$", "0"), (".", "0"), ("%", "0"), ("inf", "inf."), ("nan", "NaN"),
+        ("-72", "72"), ("7.2", "72"), ("12,34", "1234"), ("1,2345", "12345"), ("72 clips", "72"),
+        ("70+2", "72"), ("nan", "NaN"), ("7.2e1", "72"), ("+-72", "-72"), ("$", "0"), (".", "0"),
         ("٧٢", "72"), ("0.1000000000000000055511151231257827", "0.1"),  # equal in floats only
     )],
 ]  # fmt: skip
 
 
-@grades("answers")
-def test_rewards_of_a_table_of_completions():
+def test_rewards_of_a_table_of_answers():
     for text, answer, form, accuracy in REWARDS:
         got = cppo.format_reward(text), cppo.accuracy_reward(text, answer)
         assert got == (form, accuracy), (text, answer)
 
 
-@grades("answers")
-def test_rewards_take_linear_time_on_a_megabyte_of_anything():
+def test_scoring_answers_takes_linear_time_on_a_megabyte_of_anything():
     # Quadratic time would be 1e12 steps here: this test would not end.
     pieces = "<think></think>\n<answer>", "1,", ",111", "0.", "\\boxed", *"<9-$.% {}\\", *cppo.TAGS
     for flood in (piece * (1_000_000 // len(piece)) for piece in pieces):
@@ -438,16 +421,13 @@ def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_of_equ
     assert kept([[0.0] * 40], 3) == [[0, 1, 2]], lesson
 
 
-def test_pruning_by_each_of_the_four_criteria_and_with_gamma_keeps_none_below_it():
+def test_pruning_by_the_other_three_criteria():
     advantages = [[0.1, -2.0, 1.0, -0.9]]
     torch.manual_seed(0)
     assert kept(advantages, 2, by="advantage") == [[0, 2]]
     assert kept(advantages, 2, by="smallest") == [[0, 3]]
     seen = Counter(i for _ in range(600) for i in kept(advantages, 2, by="random")[0])
     assert all(240 < seen[i] < 360 for i in range(4))  # each half of the time: 5 sigma
-    advantages = [[0.1, -2.0, 1.0, 0.9], [0.0, 0.0, 0.0, 0.0]]
-    assert kept(advantages, 3, gamma=1.0) == [[1, 2], []], "|A| >= gamma stays, equal ones too"
-    assert kept(advantages, 1, gamma=0.95) == [[1], []]
 
 
 # --- Refill ---------------------------------------------------------------------------------------
@@ -659,18 +639,15 @@ def test_a_steps_numbers_by_hand(monkeypatch):
     assert nothing["loss"] is nothing["abs_advantage_kept"] is nothing["grad_norm"] is None
     monkeypatch.setattr(cppo, "over_ranks", lambda own: [own, own])
     both = cppo.step_metrics(rows, sampled, rounds, means, settings)
-    counts = [name for name in both if both[name] == 2 * metrics[name] != 0]
-    assert {*counts} == {"questions", "sampled", "kept", "dead_groups", "refill_rounds",
-                         "sampled_tokens", "trained_tokens"}  # fmt: skip
-    assert all(both[name] == metrics[name] for name in {*both} - {*counts})
+    counts = [*metrics][:7]  # the first two lines of the above
+    assert both == metrics | {name: 2 * metrics[name] for name in counts}
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
     """What each of two ranks has written in worker()."""
     folder = tmp_path_factory.mktemp("ranks")
-    result = run("--worker", folder, ranks=2, script=[__file__])
-    assert result.returncode == 0, result.stderr
+    run("--worker", folder, ranks=2, script=[__file__])
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -699,10 +676,10 @@ def worker(folder: str):
         rows = [some_rows(12)[:first], some_rows(12)[first:]][cppo.RANK]
         found["gradients"].append(gradients_of_update(rows, ddp=True, **own))
     for is_zero in (True, False):
-        learner = learner_of(tiny("Llama"), adamw(1e-2), tiny("Llama"), ddp=True)
+        learner = learner_of(tiny("Llama"), tiny("Llama"), ddp=True, adamw=True)
         if not is_zero:
-            plain = torch.optim.AdamW(learner.policy.parameters(), 1e-2, weight_decay=0.0)
-            learner.optimizer = plain
+            weights = learner.policy.parameters()
+            learner.optimizer = torch.optim.AdamW(weights, 1e-2, weight_decay=0.0)
         for _ in range(2):
             cppo.update(learner, some_rows(12)[cppo.RANK :: 2], 12, config(**own))
         found["weights"].append([p.detach() for p in learner.model.parameters()])
@@ -714,7 +691,7 @@ def worker(folder: str):
 
 @pytest.mark.parametrize("ranks", [1, 2])  # with two there are gradients of 0, with one none
 def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, monkeypatch):
-    learner = learner_of(tiny("Llama"), adamw(1e-2), tiny("Llama"))
+    learner = learner_of(tiny("Llama"), tiny("Llama"), adamw=True)
     monkeypatch.setattr(cppo, "WORLD_SIZE", ranks)
     cppo.update(learner, some_rows(4), 4, config())
     before = copy.deepcopy(learner.model.state_dict())
@@ -724,19 +701,6 @@ def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, 
 
 
 # --- Precision ------------------------------------------------------------------------------------
-def test_a_learning_rate_of_1e_6_moves_float32_masters_and_would_not_move_bfloat16_weights():
-    moved = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = tiny("Llama").to(dtype)
-        before = copy.deepcopy(model)
-        cppo.update(learner_of(model, adamw(1e-6)), some_rows(12), 12, config(beta=0.0))
-        pairs = list(zip(model.parameters(), before.parameters(), strict=True))
-        changed = sum((a != b).sum().item() for a, b in pairs)
-        moved[dtype] = changed / sum(a.numel() for a, _ in pairs)
-    assert moved[torch.float32] > 0.9  # all but embeddings of tokens that do not occur
-    assert moved[torch.bfloat16] < 0.01
-
-
 def test_bfloat16_computes_nearly_the_float32_gradient_and_keeps_it_in_float32():
     gradients = (gradients_of_update(some_rows(12), dtype=d) for d in ("float32", "bfloat16"))
     exact, rounded = (torch.cat([g.flatten() for g in each]) for each in gradients)
@@ -750,9 +714,7 @@ def test_the_sampler_is_the_policy_rounded_and_the_reference_what_it_was_at_the_
     run = cppo.Run(None, None, {}, model, None, [], [])
     learner = cppo.make_learner(run, model, 8, config(dtype=str(dtype).removeprefix("torch.")))
     assert (learner.sampler is model) == (dtype == torch.float32)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(1.0)
+    model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
     learner.sampler.load_state_dict(model.state_dict())  # as cppo_step does
     for copied, original in ((learner.sampler, model), (learner.reference, start)):
         for a, b in zip(copied.parameters(), original.parameters(), strict=True):
@@ -800,14 +762,13 @@ def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
 
 def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
     for name, content, says in (
-        ("a.csv", "question,answer\n", "it has no rows"), ("b.csv", "", "it has no rows"),
+        ("a.csv", "question,answer\n", "it has no rows"), ("rows", "a", "another kind of file"),
         ("c.csv", "question,answer\nHow many, then?,1\n", r"row 1: answer is \['1'\]"),
         ("d.csv", 'question,answer\n1+1,"2\n', "unexpected end of data"),
-        ("b.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("a.txt", "a", "give a parquet"),
+        ("b.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("a.parquet", "PAR1", "give a parquet"),
         ("c.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
         ("d.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
-        ("e.jsonl", '{"question": "a", "ans', "give a parquet"), ("f.jsonl", "", "give a parquet"),
-        ("a.parquet", "PAR1 half", "give a parquet"),
+        ("e.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b", "ans', "give a parquet"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=rf"--train_data .*{name}.*{says}"):
@@ -818,35 +779,25 @@ def test_what_a_box_holds():
     for text, inside in (
         (r"so $\boxed{42}$.", "42"), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed 5$ x", "5"),
         (r"\boxed{\frac{1}{\sqrt{2}}} }", r"\frac{1}{\sqrt{2}}"), (r"\fbox{ 3 }", "3"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"),
-        (r"\boxed{1", None), ("42", None), ("", None), (r"\boxed{}", None), (r"\boxed", None),
-        (r"\boxed{ }", None), (r"\boxed{\\{ 1 \\ 2 }", None),
+        (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"), (r"\boxed{1", None), ("", None),
+        (r"\boxed{}", None), (r"\boxed", None), (r"\boxed{\\{ 1 \\ 2 }", None),
     ):  # fmt: skip
         assert cppo.boxed(text) == inside, text
 
 
-@pytest.fixture
-def math_verify(tmp_path, monkeypatch):
-    """A stand-in for the package, which knows that a half is 0.5."""
-    code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
-    (tmp_path / "math_verify.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
-    return str(tmp_path)
-
-
-def test_the_math_reward_needs_its_package_and_is_2_for_equals(math_verify, tmp_path, monkeypatch):
+def test_the_math_reward_needs_its_package_and_is_2_for_equals(tmp_path, monkeypatch):
+    halves = {"1/2", "0.5"}  # all that this stand-in for the package knows to be equal
+    package = SimpleNamespace(parse=lambda latex: latex[8:-2], verify=lambda *two: {*two} == halves)
+    monkeypatch.setitem(sys.modules, "math_verify", package)
     for text, answer, reward in (
-        (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
-        ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
+        (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0), ("7", "7", 0),
     ):  # fmt: skip
         assert cppo.math_reward(text, answer) == reward
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"problem": "1 + 1", "answer": 2}\n')
-    settings = Config(task="math", model="no/such", train_data=str(file), test_data=str(file))
+    (tmp_path / "data.jsonl").write_text('{"problem": "1 + 1", "answer": 2}\n')
+    settings = Config(task="math", train_data=str(tmp_path / "data.jsonl"), eval_questions=0)
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match="pip install math-verify"):
-        cppo.train(settings)
+        cppo.load_questions(settings)
 
 
 def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_template_has():
@@ -888,10 +839,9 @@ def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
         settings = {"eos_token_id": ids, "temperature": 0.6}  # some are like that
         (folder / "generation_config.json").write_text(json.dumps(settings))
-        model, tokenizer = cppo.load_model_and_tokenizer(folder, "")
+        model, _ = cppo.load_model_and_tokenizer(folder, "")
         assert model.generation_config.eos_token_id == want and not model.training
         assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
-        assert tokenizer.decode(tokenizer(FORM).input_ids) == FORM
         model.save_pretrained(tmp_path / "saved")
 
 
@@ -900,29 +850,22 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^this is to blame: .*{says}"):
             cppo.load_model_and_tokenizer(folder, "this is to blame")
 
-    for missing in ("model.safetensors", "tokenizer*", "config.json"):
-        folder = save_tiny_model(tmp_path / missing.strip("*"))
-        for file in folder.glob(missing):
-            file.unlink()
-        refused(".")
     folder = save_tiny_model(tmp_path / "folder")
-    weights = safetensors.torch.load_file(file := folder / "model.safetensors")
-    norm = weights.pop("model.norm.weight") / 0
-    whole = weights | {"model.norm.weight": norm}
-    lacks = r"it lacks weights: .*'model\.norm\.w"
-    for some, says in ((weights, lacks), (whole, "are inf or nan")):
-        safetensors.torch.save_file(some, file, {"format": "pt"})
-        refused(says)
-    tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
-    refused("its tokenizer does not give back '<think>1 2<")
     _, tokenizer = cppo.tiny_model_and_tokenizer()
     tokenizer.eos_token = None
-    with monkeypatch.context() as patch:
-        patch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
-        refused("no EOS token")
+    tokenizer.save_pretrained(folder)
+    refused("no EOS token")
+    weights = safetensors.torch.load_file(file := folder / "model.safetensors")
+    weights["model.norm.weight"] /= 0
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    refused("are inf or nan")
+    del weights["model.norm.weight"]
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    refused(r"it lacks weights: .*'model\.norm\.w")
+    tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
+    refused("its tokenizer does not give back '<think>1 2<")
     folder = save_tiny_model(tmp_path / "code")
-    settings = json.loads((folder / "config.json").read_text())
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to whoever asks
@@ -947,9 +890,8 @@ def test_evaluation_scores_every_question_once_and_averages_over_the_samples(mon
     for rank in range(3):
         monkeypatch.setattr(cppo, "RANK", rank)
         cppo.evaluate(None, None, test, config())
-    assert [call[0] for call in calls] == [37, 37, 13, 12, 12]
-    greedy, papers = (1, 0.0, 1.0), (4, 0.6, 0.95)
-    assert [call[1:4] for call in calls] == [greedy, papers, greedy, greedy, greedy]
+    assert [call[:4] for call in calls[:2]] == [(37, 1, 0.0, 1.0), (37, 4, 0.6, 0.95)]
+    assert [call[0] for call in calls[2:]] == [13, 12, 12]
     assert calls[0][4] == calls[2][4] != calls[3][4]  # each evaluation draws its rank's numbers
 
 
@@ -958,7 +900,7 @@ def save(folder: Path, step: int, **changes):
     (folder / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
     model, tokenizer = cppo.tiny_model_and_tokenizer()
     state = {"step": step, "asked": [8 * step], "seconds": 0.0, "questions_hash": ""}
-    state["config"] = asdict(config(**changes))
+    state["config"] = asdict(config(**changes)) | {"ranks": 1}
     cppo.save_checkpoint(folder, learner_of(model), tokenizer, state)
 
 
@@ -969,13 +911,10 @@ def resumed(folder: Path, **changes) -> tuple[Path | None, dict]:
 def test_checkpoint_0_and_the_newest_2_stay_and_resume_wants_the_same_flags(tmp_path, monkeypatch):
     for step in (0, 2, 4, 10):
         save(tmp_path, step)
-    steps = [int(path.name[11:]) for path in cppo.find_checkpoints(tmp_path)]
-    assert steps == [0, 4, 10]
+    assert [int(path.name[11:]) for path in cppo.find_checkpoints(tmp_path)] == [0, 4, 10]
     path, state = resumed(tmp_path, save_every=7, eval_every=3, sample_batch=99)
     assert state["step"] == 10 and path == tmp_path / "checkpoint-10"
     assert state["metrics"] == '{"step": 10}\n'
-    for path, state in resumed(tmp_path / "nothing"), resumed(tmp_path, resume=False):
-        assert path is None and state["step"] == 0 and state["asked"] == [0]
     with pytest.raises(UserError, match=r"--resume: beta was 0\.04 in that run and is now 0"):
         resumed(tmp_path, beta=0.0)
     monkeypatch.setattr(cppo, "WORLD_SIZE", 2)
@@ -983,17 +922,15 @@ def test_checkpoint_0_and_the_newest_2_stay_and_resume_wants_the_same_flags(tmp_
         resumed(tmp_path)
 
 
-@pytest.mark.parametrize("where", ["torch.save", "Path.rename", "full disk"])
-def test_a_crash_while_saving_leaves_a_whole_checkpoint(where, tmp_path, monkeypatch):
+@pytest.mark.parametrize("writes", ["cppo.torch.save", "cppo.os.fsync"])
+def test_a_full_disk_while_saving_leaves_a_whole_checkpoint(writes, tmp_path, monkeypatch):
     for step in (0, 1, 2):
         save(tmp_path, step)
-    error = OSError(28, "No space left on device") if where == "full disk" else KeyboardInterrupt
-    owner, name = ("os.fsync" if where == "full disk" else where).split(".")
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, UserError)) as stop:
-        patch.setattr(getattr(cppo, owner), name, lambda *_: (_ for _ in ()).throw(error))
+    full = OSError(28, "No space left on device")
+    says = r"-3 cannot be written, the one before it stays: \[Errno 28\]"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
+        patch.setattr(writes, lambda *_: (_ for _ in ()).throw(full))
         save(tmp_path, 3)
-    if where == "full disk":
-        assert "-3 cannot be written, the one before it stays: [Errno 28]" in str(stop.value)
     path, state = resumed(tmp_path)
     assert state["step"] == 2
     cppo.load_model_and_tokenizer(path, "")
@@ -1029,17 +966,12 @@ def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeyp
     settings = config(output_dir=str(folder), **changes, **SHORT)
     cppo.train(settings)
     cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
-    assert len(asked) == 3 * 16
     del asked[2 * 16 :]
     cppo.train(settings)
     prompts = [question.prompt for question in asked]
     assert len(prompts) == 3 * 16 == len(set(prompts))
     assert len(set(seeds)) == 3 and seeds[8:12] == seeds[12:]  # each step its own, again and again
-    _, *steps = read_metrics(folder)  # random weights: no reward at all
-    assert [step["step"] for step in steps] == [1, 2, 3]
-    for step in steps:
-        assert step["kept"] == 0 and step["dead_groups"] == step["questions"] == 16
-        assert step["refill_rounds"] == 4 and step["loss"] is step["grad_norm"] is None
+    assert [m["step"] for m in read_metrics(folder)] == [0, 1, 2, 3]
 
 
 def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_path, monkeypatch):
@@ -1053,22 +985,6 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
     wild = dict(warm_start_steps=3, warm_start_learning_rate=1e15)  # its third gradient is nan
     with pytest.raises(UserError, match="lower --warm_start_learning_rate"):
         cppo.train(config(output_dir=str(tmp_path / "run"), **SHORT | wild))
-
-
-def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
-    model, tokenizer = cppo.load_model_and_tokenizer(None, "")
-    questions = cppo.arithmetic_questions(None, "train")[:32]
-    cppo.encode_questions(questions, tokenizer)
-    start, naive = copy.deepcopy(model), copy.deepcopy(model)
-    learner = learner_of(model)
-    monkeypatch.setattr(cppo, "make_optimizer", lambda *_: (learner.optimizer, learner.scheduler))
-    cppo.warm_start(model, model, iter(questions), config(warm_start_steps=1, max_grad_norm=1e9))
-    for question in questions:  # a mean over a demonstration's tokens, then over demonstrations
-        ids = [*tokenizer(question.demonstration).input_ids, tokenizer.eos_token_id]
-        row = Completion(question.prompt_ids, ids)
-        (-naive_log_probs(naive, row, 1.0).mean() / 32).backward()
-    for a, b, q in zip(*(m.parameters() for m in (start, model, naive)), strict=True):
-        torch.testing.assert_close(a - b, q.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- What people report of such programs ---------------------------------------------------------
@@ -1108,9 +1024,9 @@ def test_a_reward_is_a_finite_number_or_one_line_names_task_answer_and_value(mon
         monkeypatch.setattr(cppo.TASKS["arithmetic"], "answer_reward", lambda *_: value)
         return scored(monkeypatch, tokenizer, Question("", "3"), Completion([], [1]))[0].reward
 
-    for value in (1, True, numpy.float32(1), torch.tensor(1.0)):
+    for value in (1, True, torch.tensor(1.0)):
         assert json.dumps(reward(value)) == "1.0"
-    for value in (math.nan, None, "x", math.inf, 10**400, numpy.float32("nan")):
+    for value in (math.nan, None, "x", math.inf, 10**400, torch.tensor(math.nan)):
         says = f"--task arithmetic: its reward is {value!r} for the answer '3': "
         with pytest.raises(UserError, match=f"^{re.escape(says)}.*$"):  # $: it is one line
             reward(value)
@@ -1132,27 +1048,26 @@ def test_a_model_whose_cache_is_not_understood_is_refused_also_to_evaluate(monke
 
 
 def test_N_counts_the_rows_of_all_ranks_and_the_wait_for_them_is_not_training_time(monkeypatch):
-    clock, given = Counter(), {}
+    clock = Counter()
 
-    def fake(name, takes, result):
-        def function(*arguments):
+    def fake(name, takes, function):
+        def timed(*arguments):
             clock["now"] += takes
-            given[name] = arguments
-            return result
+            return function(*arguments)
 
-        monkeypatch.setattr(cppo, name, function)
+        monkeypatch.setattr(cppo, name, timed)
 
     monkeypatch.setattr(cppo.time, "perf_counter", lambda: clock["now"])
-    fake("collect_batch", 1, (["a row"] * 3, [], 1))
-    fake("over_ranks", 100, [3, 4])
-    fake("update", 10, None)
-    fake("step_metrics", 1000, {})
+    fake("collect_batch", 1, lambda *_: (["a row"] * 3, [], 1))
+    fake("over_ranks", 100, lambda own: [own, 4])
+    fake("update", 10, lambda learner, rows, N, config: {"rows": rows, "N": N})
+    fake("step_metrics", 1000, lambda kept, sampled, rounds, row_sums, config: row_sums)
     metrics, _ = cppo.cppo_step(learner_of(tiny("Llama")), None, iter(()), config())
-    assert given["over_ranks"] == (3,) and given["update"][1:3] == (["a row"] * 3, 7)
-    assert metrics == {"sample_seconds": 101, "train_seconds": 10, "step_seconds": 111}
+    seconds = {"sample_seconds": 101, "train_seconds": 10, "step_seconds": 111}
+    assert metrics == {"rows": ["a row"] * 3, "N": 7} | seconds
 
 
-def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffix(tmp_path):
+def test_a_cell_is_text_or_a_number_without_exponent_and_any_path_is_no_pattern(tmp_path):
     def read(*answers, file="a.jsonl"):
         text = "\n".join(json.dumps({"question": "q", "answer": answer}) for answer in answers)
         if "csv" in file.lower():
@@ -1170,30 +1085,22 @@ def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffi
     texts = ["NA", "None", "null", "nan", "3", "007", "1e5", "true", "2.50", "2020-01-01"]
     for file in ("DATA.JSONL", "data[1].jsonl", "a*b.jsonl", "a?b.csv", "train.CSV"):
         assert read(*texts, file=file) == texts
-    for file in ("rows.txt", "rows"):
-        with pytest.raises(UserError, match=f"{file}: give a .*it is another kind of file"):
-            read(*texts, file=file)
 
 
-@pytest.mark.parametrize(
-    ("family", "vocabulary", "eos", "prompt", "most", "end", "says"),
-    [
-        ("GPT2", 13, 1, "1+2=", 60, "", ""), ("GPT2", 20, 1, "1+2=", 61, "", "65 tokens need more"),
-        ("Llama", 12, 1, "1+2=", 60, "", "token 12 is not in its embedding of 12"),
-        ("Llama", 20, 99, "1+2=", 60, "", "token 99 is not in its embedding of 20"),
-        ("Llama", 20, 1, "", 60, "", "or leaves them empty"),
-        ("Llama", 20, 1, "1+2=", 60, " <eos>", "ends prompts with EOS"),
-    ],
-)  # fmt: skip
-def test_prompts_and_completions_must_fit(family, vocabulary, eos, prompt, most, end, says):
-    model, (_, tokenizer) = tiny(family, vocabulary), cppo.tiny_model_and_tokenizer()
-    model.generation_config.eos_token_id = [1, eos]
-    template = processors.TemplateProcessing("$A" + end, None, [("<eos>", 1)])
-    tokenizer.backend_tokenizer.post_processor = template
-    questions = [Question(prompt, "3")]
-    cppo.encode_questions(questions, tokenizer)
-    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
-        cppo.check_fit(model, tokenizer, questions, config(model="m", max_completion_tokens=most))
+def test_prompts_and_completions_must_fit():
+    for family, vocabulary, eos, prompt, most, says in (
+        ("GPT2", 13, 1, "1+2=", 60, ""), ("GPT2", 20, 1, "1+2=", 61, "65 tokens need more"),
+        ("Llama", 12, 1, "1+2=", 60, "token 12 is not in its embedding of 12"),
+        ("Llama", 20, 99, "1+2=", 60, "token 99 is not in its embedding of 20"),
+        ("Llama", 20, 1, "", 60, "or leaves them empty"),
+        ("Llama", 20, 1, "1+2=<eos>", 60, "ends prompts with EOS"),
+    ):  # fmt: skip
+        model, (_, tokenizer) = tiny(family, vocabulary), cppo.tiny_model_and_tokenizer()
+        model.generation_config.eos_token_id = [1, eos]
+        cppo.encode_questions(questions := [Question(prompt, "3")], tokenizer)
+        settings = config(model="m", max_completion_tokens=most)
+        with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+            cppo.check_fit(model, tokenizer, questions, settings)
 
 
 @pytest.fixture(scope="module")
@@ -1205,15 +1112,13 @@ def one_step(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", [Path.unlink, functools.partial(os.truncate, length=99)])
 def test_a_damaged_part_of_a_checkpoint_is_blamed_on_it(damage, one_step, tmp_path):
-    parts = "0/model.safetensors 1/model.safetensors 1/config.json 1/tokenizer.json"
-    for part in (parts + " 1/trainer_state.pt").split():
+    parts = "0/model.safetensors", "1/model.safetensors", "1/tokenizer.json", "1/trainer_state.pt"
+    for part in parts:
         folder = shutil.copytree(one_step.output_dir, tmp_path / part)
-        before = (folder / "metrics.jsonl").read_text()
         damage(folder / f"checkpoint-{part}")
         with pytest.raises(UserError, match=rf"^--resume: {folder}/checkpoint-{part[0]}") as error:
             cppo.train(replace(one_step, output_dir=str(folder)))
         assert "--model" not in str(error.value)
-        assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_resume_keeps_out_of_a_folder_in_use_and_of_changed_questions(one_step, monkeypatch):
@@ -1330,10 +1235,6 @@ def dppo_weights(advantages, k, divide=True):
 HIGH = {"beta):": "beta, high):"}  # cppo_loss with DAPO's parameter, which UPPER then uses
 UPPER = {"1 + clip_eps": "1 + high"}
 NO_KL_GRADIENT = {"ref_log_probs - log_probs": "ref_log_probs - log_probs.detach()"}
-OVERFULL = {  # a question for a room of fewer than k
-    "room - len(kept) >= k": "room > len(kept)",
-    "(room - len(kept)) // k": "-((len(kept) - room) // k)",
-}
 SOLVED = RIGHT | {
     "max_variance": slow_max_variance, "clip_higher_loss": edited("cppo_loss", HIGH | UPPER),
     "dr_grpo_advantages": lambda r: r - r.mean(dim=1, keepdim=True),
@@ -1355,10 +1256,8 @@ MISTAKES = {  # function: plausible ones, as functions or edits of it, and what 
         ({'"abs_advantage": abs_QG': '"abs_advantage": advantages_QG'}, "not A: the worst teach"),
         (lambda a, k, **_: RIGHT["prune"](a.view(1, -1), k * len(a)).view_as(a), "keeps k"),
         (lambda a, k, **_: RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
-        ({"gamma=0.0": "gamma=1e-9"}, "also where A = 0"),
     ],
     "make_batch": [
-        ({"arange(C) < length": "arange(C) < length - 1"}, "EOS is trained"),
         ({"torch.arange(C) < length":
           "torch.tensor([(r.token_ids + [0] * C)[:C] for r in rows]) != 0"}, "EOS is trained"),
         ({"arange(C) < length": "arange(C) < C + 0 * length"}, "padding is no"),
@@ -1366,8 +1265,6 @@ MISTAKES = {  # function: plausible ones, as functions or edits of it, and what 
     ],
     "cppo_loss": [
         ({"torch.minimum(unclipped, clipped)": "clipped"}, "min leaves it free"),
-        ({"losses = -": "losses = "}, "the loss is minus"),
-        ({"torch.expm1(log_ref) - log_ref": "-log_ref"}, "never below 0"),
         ({"beta * kl, mask)": "beta * kl, torch.ones_like(mask))"}, "padding left out"),
         (NO_KL_GRADIENT, "its gradient flows through"),
     ],
@@ -1376,10 +1273,8 @@ MISTAKES = {  # function: plausible ones, as functions or edits of it, and what 
         ({"for c, adv": "A_kept = group_advantages(rewards[keep_QG.flatten()].view(Q, k))\n"
           "        advantages_QG[keep_QG] = A_kept.flatten()\n        for c, adv"},
          "before any is pruned"),
-        ({"advantages_QG.flatten()": "advantages_QG.T.flatten()"}, "stays with its completion"),
-        ({"rounds < MAX_REFILL_ROUNDS": "rounds < 1"}, "round after round"),
-        (OVERFULL, "never more rows"),
-        (OVERFULL | {"return kept": "return kept[:room]"}, "rather than split a question"),
+        ({"room - len(kept) >= k": "room > len(kept)", "return kept": "return kept[:room]",
+          "(room - len(kept)) // k": "-((len(kept) - room) // k)"}, "rather than split a question"),
     ],
     "max_variance": [
         (lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
@@ -1395,11 +1290,9 @@ MISTAKES = {  # function: plausible ones, as functions or edits of it, and what 
     "dr_grpo_advantages": [
         (RIGHT["group_advantages"], "and no more"),
         (lambda r: r - r.mean(), "each question's G"),
-        (lambda r: (r - r.mean(1)[:, None]) * 4 / 3, "and no more"),
     ],
     "dr_grpo_token_mean": [
         (lambda v, m, most: RIGHT["token_mean"](v, m), "max_completion_tokens"),
-        (lambda v, m, most: (v * m).sum(1) / m.shape[1], "the same for all"),
         (lambda v, m, most: v.sum(1) / most, "own tokens"),
     ],
     "dppo_weights": [
@@ -1435,12 +1328,9 @@ def test_the_graders_say_what_plausible_mistakes_overlook(function, monkeypatch)
 @pytest.mark.slow
 @grades("answers", "advantages", "pruning", "masks", "loss", "refill")
 def test_the_main_job_learns_to_carry(tmp_path):
-    result = run("--output_dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
+    out = run("--output_dir", tmp_path / "run")
+    assert out.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
     _, before, *steps, after = read_metrics(tmp_path / "run")
-    assert len(steps) == 120
-    assert before["eval_questions"] == after["eval_questions"] == 512
     assert 0.4 <= before["eval_accuracy"] <= 0.8 and after["eval_accuracy"] >= 0.97
     assert all(step["kept"] == 16 and step["sampled"] == 8 * 16 for step in steps)
     assert steps[0]["learning_rate"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
@@ -1448,33 +1338,26 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
     assert max(step["sampling_gap"] for step in steps) < 1e-4
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "960 questions, 0.0"):
-        assert line in result.stdout
+        assert line in out
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/checkpoint-120")
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run/checkpoint-120").eos_token_id
 
 
 @pytest.mark.slow
-def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(
-    math_verify, tmp_path, capsys
-):
+def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(tmp_path, capsys):
     file, folder = tmp_path / "a.jsonl", tmp_path / "run"
     model = save_tiny_model(tmp_path / "model")
     _, tokenizer = cppo.tiny_model_and_tokenizer()
     tokenizer.backend_tokenizer.model.unk_token = "<pad>"  # it reads any text
     tokenizer.save_pretrained(model)
-    rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
-    rows.append({"problem": 300 * "1", "solution": "#### 1"})
+    rows = [{"question": f"{i} + {i}", "answer": str(2 * i)} for i in range(10, 22)]
+    rows.append({"question": 300 * "1", "answer": "1"})
     file.write_text("\n".join(map(json.dumps, rows)))
-    settings = dict(task="math", model=str(model), test_data=str(file), output_dir=str(folder),
+    settings = dict(model=str(model), test_data=str(file), output_dir=str(folder),
                     dtype="bfloat16", max_completion_tokens=8)  # fmt: skip
-    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    result = run(
-        *flags, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
-        "--max_prompt_tokens", 800, "--warm_start_steps", 1, PYTHONPATH=math_verify,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "math, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in result.stdout
+    cppo.train(Config(**settings, train_data=str(file), batch_size=8, group_size=4,
+                      pruning_rate=0.5, max_prompt_tokens=600, warm_start_steps=1))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "gsm8k, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in said
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_questions"] == after["eval_questions"] == 13  # none is left out here
     assert [s["epoch"] for s in steps] == [1 / 3, 2 / 3, 1.0]  # --steps unset: one epoch
@@ -1489,17 +1372,14 @@ def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(
 def test_the_readmes_own_task_learns_to_sort(tmp_path):
     readme = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"(?s)```python\n(.*?)```", readme)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
     (tmp_path / "sort_digits.py").write_text(code)
     script, folder = [str(tmp_path / "sort_digits.py")], tmp_path / "run"
     arguments = "--task", "sort", "--warm_start_steps", 200, "--steps", 12, "--output_dir", folder
-    result = run(*arguments, script=script, PYTHONPATH=str(ROOT))
-    assert result.returncode == 0, result.stderr
+    run(*arguments, script=script, PYTHONPATH=str(ROOT))
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_accuracy"] < 0.4  # a little for a digit in its place is not right
     assert all(step["reward"] > step["format"] + 2 * step["accuracy"] for step in steps)  # it pays
     assert after["eval_accuracy"] > before["eval_accuracy"] + 0.15  # so soon
-    assert (folder / "checkpoint-12").exists()  # though it saves each 20
 
 
 @pytest.mark.slow
@@ -1507,11 +1387,11 @@ def test_a_students_module_is_graded_in_place_of_cppo_py(tmp_path):
     readme = (ROOT / "README.md").read_text()
     code = readme[readme.index("    # mine.py\n") : readme.index("    CPPO_MODULE=mine pytest")]
     (tmp_path / "mine.py").write_text(code.replace("\n    ", "\n").strip() + "\n")
-    mine = {"CPPO_MODULE": "mine", "PYTHONPATH": str(tmp_path)}
-    graded = run("-m", "pytest", str(ROOT), "-p", "no:cacheprovider", "-k",
-                 "advantages and not slow", script=[], **mine)  # fmt: skip
+    pytests = ["-m", "pytest", ROOT, "-p", "no:cacheprovider", "-k", "advantages and not slow"]
+    grading = start_process(*pytests, script=[], CPPO_MODULE="mine", PYTHONPATH=str(tmp_path))
+    out, _ = grading.communicate(timeout=150)
     (says,) = re.findall(r"AssertionError: (.*?) \.\.\.", readme)
-    assert graded.returncode == 1 and "AssertionError: " + says in graded.stdout, graded.stdout
+    assert grading.returncode == 1 and "AssertionError: " + says in out, out
 
 
 RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_questions 32".split()
@@ -1524,20 +1404,19 @@ def whole_run(tmp_path_factory):
     @functools.cache
     def folder(ranks: int) -> Path:
         path = tmp_path_factory.mktemp("whole") / "run"
-        result = run(*RUN, "--output_dir", path, ranks=ranks)
-        assert result.returncode == 0, result.stderr
+        run(*RUN, "--output_dir", path, ranks=ranks)
         return path
 
     return folder
 
 
 def assert_equal_runs(a: Path, b: Path):
-    """The same metrics but for the seconds, and the same weights, bit for bit."""
-    metrics, others = (
-        [{k: v for k, v in m.items() if not k.endswith("_seconds")} for m in read_metrics(folder)]
-        for folder in (a, b)
-    )
-    assert metrics == others and [m["step"] for m in others] == [0, 0, 1, 2, 3, 4, 5, 5]
+    """The same metrics but for the seconds, and the same weights, bit for bit; full batches."""
+    for one, other in zip(read_metrics(a), read_metrics(b), strict=True):
+        assert one == other | {k: v for k, v in one.items() if k.endswith("_seconds")}
+    assert [m["step"] for m in read_metrics(b)] == [0, 0, 1, 2, 3, 4, 5, 5]
+    for step in read_metrics(b)[2:-1]:
+        assert step["kept"] == 32 and step["questions"] == 16 and step["sampling_gap"] < 1e-4
     for name in ("checkpoint-0", "checkpoint-4", "checkpoint-5"):
         weights = [(folder / name / "model.safetensors").read_bytes() for folder in (a, b)]
         assert weights[0] == weights[1]
@@ -1575,28 +1454,13 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
             wait_for(process, lambda f=folder, k=known: {*f.glob("c*-*")} - k)
         everyone = family_of(process)
         time.sleep(rng.uniform(0, 0.02 if i % 2 else 1))
-        print("kills", everyone, [path.name for path in folder.glob("*.tmp")])
         for pid in everyone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=100)
         if i % 2:
-            result = run(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
-            assert result.returncode == 0, result.stderr
+            run(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
             assert_equal_runs(whole_run(ranks), folder)
-
-
-@pytest.mark.slow
-def test_what_goes_wrong_on_one_rank_is_shown_and_ends_all(tmp_path):
-    script = tmp_path / "accident.py"
-    script.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cppo\n"
-        "def accident(_):\n    raise RuntimeError('boom')\n"
-        "if os.environ['RANK'] == '1':\n    cppo.group_advantages = accident\ncppo.main()\n"
-    )
-    result = run(*RUN, "--output_dir", tmp_path / "run", script=[str(script)], ranks=2)
-    assert result.returncode != 0 and "RuntimeError: boom" in result.stderr
-    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 0]
 
 
 @pytest.mark.slow
@@ -1615,13 +1479,12 @@ def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_pa
 @pytest.mark.slow
 @pytest.mark.skipif("CPPO_KILLS" not in os.environ, reason="only in the long form, CPPO_KILLS=20")
 def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_run, tmp_path):
-    script = [RUN_MULTI_GPU]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     machines = [
         start_process(
-            *RUN, "--output_dir", tmp_path / "run", script=script, NPROC="1", NNODES="2",
+            *RUN, "--output_dir", tmp_path / "run", script=[RUN_MULTI_GPU], NPROC="1", NNODES="2",
             NODE_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for i in range(2)
@@ -1629,8 +1492,6 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
     outputs = [machine.communicate(timeout=120) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_equal_runs(whole_run(2), tmp_path / "run")
-    for step in read_metrics(tmp_path / "run")[2:-1]:  # and the batch is full
-        assert step["kept"] == 32 and step["questions"] == 16 and step["sampling_gap"] < 1e-4
 
 
 if __name__ == "__main__" and sys.argv[1] == "--worker":
