@@ -10,7 +10,7 @@ reference pi_ref, where the training began, from which the policy should not str
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
 completions of each question with the largest |A|. While the policy still is pi_old, a completion's
 gradient is A times that of its log-probability, so a small |A| hardly teaches; and A is known
-before any of the expensive passes. All G are still sampled; what is saved comes after:
+before any pass of the training. All G are still sampled; what is saved comes after:
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
@@ -28,7 +28,7 @@ One step, in the order of this file:
     questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| of each
     -> log-probabilities (policy, reference) of the kept -> loss -> mu optimizer steps
 
-The equations, each again beside the line that computes it:
+The equations, each again beside its line; pi_theta is the policy, o_i a completion of question q:
 
     (1)  A_i  = (r_i - mean(r)) / (std(r) + 1e-4), over the G completions of one question
     (2)  I    = the k = floor(G (1 - P)) indices with the largest |A_i| of that question
@@ -51,7 +51,7 @@ Letters of shapes:
 
     Q questions                 L prompt tokens       B rows of a micro-batch        V vocabulary
     G completions a question    C completion tokens   R rows that are being sampled
-    k kept a question           T = L + C of a row    N rows of a step, of all ranks
+    k kept a question           T tokens of a row     N rows of a step, of all ranks
 
 Rows are question-major: with Q = 2 and G = 3 they belong to questions 0 0 0 1 1 1, so that
 rewards.view(Q, G) has a question in each row. A suffix, as in rewards_QG, names such a shape.
@@ -95,7 +95,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints and writes
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-MAX_REFILL_ROUNDS = 4  # of sampling in a step: one fills it, unless --gamma drops rows
+MAX_REFILL_ROUNDS = 4  # in a step, the first included; further ones only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
 WARM_START_BATCH = 32  # demonstrations a step, on all ranks
 UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
@@ -268,7 +268,7 @@ def sample_tokens(logits, temperature, top_p=1.0):
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
     tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1); right: none of probability 0
-    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # the threshold may round up to the cdf's end
+    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a guard: if logits are inf, the cdf is nan
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -309,7 +309,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # For logits_to_keep. An index copies; the number 1 would take a slice, slow in CPUs' bfloat16.
+    # An index, not the number 1: that takes a strided slice, slow in bfloat16 on CPUs.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -432,7 +432,7 @@ def group_advantages(rewards_QG):
 def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
     """True for the completions to train on (eq. 2), (Q, G) bool: the k best of each question, of
     equal ones the first; then those with |A| < gamma are dropped. The largest |A|, not A: what is
-    far below the mean of its group teaches as much as what is far above it."""
+    far below the mean of its group pulls as hard as what is far above it."""
     abs_QG = advantages_QG.abs()
     if by == "random":
         score_QG = torch.rand_like(abs_QG)
@@ -470,7 +470,7 @@ def collect_batch(draw, stream, room, config):
 # --- Log-probabilities ----------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """A micro-batch, B rows: prompt, completion, padding on the right, which no token attends to.
+    """A micro-batch, B rows: prompt, completion, then padding, which causal attention never sees.
 
     A row with the prompt p q and the completion a b, padded to T = 5 and C = 3:
 
@@ -520,8 +520,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so logits are computed only where they predict a completion's token. Of a (B, T)
-    # mask transformers 5 makes lm_head(hidden[mask]), with hidden (B, T, H): M = sum_i |o_i| rows.
+    # V is large, so only the logits that predict a completion's token are computed: transformers 5
+    # takes column numbers here, or a (B, T) mask, for lm_head(hidden[mask]), M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -539,7 +539,7 @@ def token_mean(values, mask):
 def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_eps, beta):
     """Eq. 5 without 1/N sum_i, which is accumulate_gradient's: a loss for each completion, (B,).
     Log-probabilities and mask are (B, C), advantages (B,). The statistics are (B,) too, means over
-    own tokens: `kl` (eq. 4), and `clip_fraction`, the share where the clip stops A's pull."""
+    a row's tokens: `kl` (eq. 4), and `clip_fraction`, the share where the clip stops A's pull."""
     # In the first of the mu iterations rho is 1; its gradient is that of log pi_theta all the same.
     ratio = torch.exp(log_probs - old_log_probs)  # (B, C) rho, eq. 3
     unclipped = ratio * advantages[:, None]  # (B, C)
@@ -596,7 +596,7 @@ def accumulate_gradient(learner, batches, N, config):
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
-    if N and not batches:  # only other ranks have rows: they wait for this one's gradients, zeros
+    if N and not batches:  # only other ranks have rows; they wait for this one's gradients: zeros
         token = torch.tensor([[0]], device=learner.model.device)
         (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
@@ -845,7 +845,7 @@ def encode_questions(questions: list[Question], tokenizer):
 
         # Some templates begin the answer themselves, with "<think>" and a line break.
         _, tag, space = text.rpartition("<think>")
-        question.opening = tag + space if not space.strip() else ""
+        question.opening = tag + space if not space.strip() else ""  # no tag: space is the text
         taught = question.demonstration.removeprefix(question.opening.strip())
         ids = tokenizer(taught, add_special_tokens=False).input_ids
         question.demonstration_ids = [*ids, tokenizer.eos_token_id]
@@ -1237,7 +1237,7 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # buffers, the rotary frequencies, never change: no need to broadcast them
+    if WORLD_SIZE > 1:  # no broadcast of buffers, the rotary frequencies: they never change
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
