@@ -255,7 +255,7 @@ class Completion:
 # --- Sampling -------------------------------------------------------------------------------------
 def sample_tokens(logits, temperature, top_p=1.0):
     """(R, V) logits -> next tokens (R,), their log-probabilities (R,). Temperature 0 is greedy."""
-    if logits[:, 0].isnan().any():  # a nan fills its whole row, and argmax would take it
+    if logits[:, 0].isnan().any():  # a nan hidden state makes all its row nan
         raise FloatingPointError("the model's logits are nan")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))  # log 1 = 0
@@ -273,8 +273,8 @@ def sample_tokens(logits, temperature, top_p=1.0):
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the key-value cache with spare columns: a new token is written into the next one,
-    where the base class would copy all that came before, at every token."""
+    """A full-attention layer of the key-value cache, with spare columns: a new token is written
+    into the next one, where the base class would copy all that came before, at every token."""
 
     length = 0  # columns in use
 
@@ -337,7 +337,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
         unfinished = [row for row, c in enumerate(running) if c.truncated]
         if not unfinished:
             break
-        # The ended ones lose their rows once they are a quarter, as this copies the cache.
+        # The ended ones lose their rows once they are a quarter, no sooner: it copies the cache.
         if len(unfinished) <= 0.75 * len(running):
             running = [running[row] for row in unfinished]
             chosen = torch.tensor(unfinished, device=device)  # (R,)
@@ -411,7 +411,7 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
         )  # fmt: skip
         for i, c in enumerate(sampled):
             question = chunk[i // group_size]
-            # All that the model wrote is scored, special tokens too, which the tags may be.
+            # All that the model wrote is scored, special tokens too: the tags may be such.
             ids = c.token_ids if c.truncated else c.token_ids[:-1]
             c.text = question.opening + tokenizer.decode(ids, clean_up_tokenization_spaces=False)
             c.answer = question.answer
@@ -546,7 +546,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # In bfloat16 it does not start at exactly 0: the reference's weights are rounded.
+        # In bfloat16 it starts above 0: the policy computes only its matrix products so.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -622,7 +622,7 @@ def update(learner, rows, N, config):
     accumulate_gradient's sums and `grad_norm`, averaged over the mu steps."""
     parts = pack(rows, config.tokens_per_microbatch)
     batches = [make_batch(part, learner.model.device) for part in parts]
-    if config.beta > 0:  # pi_ref, once for all mu iterations; its own weights have the dtype
+    if config.beta > 0:  # pi_ref, once for all mu; no autocast, as its weights have the dtype
         with torch.no_grad():
             for batch in batches:
                 batch.ref_log_probs = token_log_probs(learner.reference, batch, config.temperature)
@@ -740,9 +740,9 @@ def table_questions(system, form, source, split):
             # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone.
             whole = solution or answer
             think, marks, final = whole.rpartition("####")  # without marks, final is all of it
-            if not marks and (solution or boxed(whole)):
+            if not marks and (solution or boxed(whole)):  # not the answer alone: all of it is steps
                 think, final = whole, boxed(whole) or ""
-            if not (solution and answer):  # else `answer` has a column of its own
+            if not (solution and answer):  # with both columns, `answer` stays as it is
                 answer = final.strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
@@ -1097,7 +1097,7 @@ def save_checkpoint(folder, learner, tokenizer, state):
     }
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
-    # The oldest goes before the new one comes: AdamW's moments make them large.
+    # All between checkpoint-0 and the last go before the new one comes: they are large.
     for old in find_checkpoints(folder)[1:-1]:
         shutil.rmtree(old, ignore_errors=True)
     with blame(f"{path} cannot be written, the one before it stays"):
@@ -1160,7 +1160,7 @@ def set_up(config):
     """Ranks, checkpoint, questions, model: all checks, before the first write. Raises UserError."""
     folder = Path(config.output_dir)
     others = {path.name for path in folder.glob("*")} - {"lock"}
-    may_go_on = config.resume and others & {"metrics.jsonl", "checkpoint-0"}
+    may_go_on = config.resume and others & {"metrics.jsonl", "checkpoint-0"}  # a run's folder
     if others and not (config.eval_only or may_go_on):
         raise UserError(f"--output_dir {folder} is not empty: choose another, or --resume its run")
     device = init_distributed()
