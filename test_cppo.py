@@ -29,7 +29,6 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's, on any machine
 import datasets
@@ -44,14 +43,11 @@ from cppo import Completion, Config, Learner, Question, UserError
 
 ROOT = Path(__file__).parent
 F64 = torch.float64
-SCRIPT, RUN_MULTI_GPU = [str(ROOT / "cppo.py")], str(ROOT / "run_multi_gpu.sh")
+SCRIPT, RUN_MULTI_GPU = [str(ROOT / "cppo.py")], [str(ROOT / "run_multi_gpu.sh")]
 RIGHT = dict(vars(cppo))
 if student := os.environ.get("CPPO_MODULE"):
-    written = {  # and not what it has imported
-        name: value
-        for name, value in vars(importlib.import_module(student)).items()
-        if getattr(value, "__module__", "") == student
-    }
+    found = vars(importlib.import_module(student)).items()  # also what it has imported
+    written = {name: x for name, x in found if getattr(x, "__module__", "") == student}
     vars(cppo).update(written)
     SCRIPT = [str(ROOT / "test_cppo.py"), "--main"]  # real processes do the same
 
@@ -81,8 +77,9 @@ def tiny(family: str, vocabulary: int = 20):
     shape |= {
         "Mamba": dict(state_size=8), "GPT2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=64),
         "Gemma3Text": dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-        "Qwen3Next": dict(layer_types=["linear_attention", "full_attention"],
-                          mlp_only_layers=[0, 1], linear_num_key_heads=2, linear_num_value_heads=2),
+        "Qwen3Next": dict(  # three layers of linear attention, one of full attention
+            num_hidden_layers=4, mlp_only_layers=[0, 1, 2, 3], linear_num_key_heads=2,
+            linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8),
     }.get(family, {})  # fmt: skip
     shape = getattr(transformers, f"{family}Config")(**shape, **size)
     return transformers.AutoModelForCausalLM.from_config(shape).eval()
@@ -109,21 +106,23 @@ def config(**changes) -> Config:
     return Config(task="arithmetic", **changes)
 
 
-def learner_of(model, reference=None, ddp=False, adamw=False) -> Learner:
-    """With a rate that stays the same. Its step is minus the gradient, or cppo.py's AdamW's."""
+def learner_of(model, make=None, reference=None, ddp=False) -> Learner:
+    """With a rate that stays the same. `make` gives the optimizer of a policy: by default one whose
+    step is minus the gradient."""
     policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    if adamw:
-        optimizer, _ = cppo.make_optimizer(policy, 1e-2, 8, config(warmup_ratio=0.0))
+    optimizer = make(policy) if make else torch.optim.SGD(policy.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return Learner(model, policy, model, reference, optimizer, scheduler)
 
 
+def adamw(policy):
+    """make_optimizer's optimizer, for learner_of."""
+    return cppo.make_optimizer(policy, 1e-2, 8, config(warmup_ratio=0.0))[0]
+
+
 def gradients_of_update(rows, N=12, ddp=False, **changes) -> list[torch.Tensor]:
     """The gradient that update() steps along, with a reference that is not the policy."""
-    reference = tiny("Llama")
-    reference.load_state_dict({name: 1.1 * x for name, x in reference.state_dict().items()})
-    learner = learner_of(tiny("Llama"), reference=reference, ddp=ddp)
+    learner = learner_of(tiny("Llama"), reference=tiny("GPT2"), ddp=ddp)
     before = [p.detach().clone() for p in learner.model.parameters()]
     settings = config(num_iterations=1, max_grad_norm=1e9, **changes)
     cppo.update(learner, rows, N, settings)
@@ -141,18 +140,18 @@ def save_tiny_model(folder: Path):
     return folder
 
 
-def run(*arguments, **how) -> str:
-    """What a real process prints, which must succeed."""
+def run(*arguments, status: int = 0, **how) -> str:
+    """What a real process prints, which must end with this exit status."""
     process = start_process(*arguments, **how)
     out, err = process.communicate(timeout=150)
-    assert process.returncode == 0, err
+    assert process.returncode == status, out + err
     return out
 
 
 def start_process(*arguments, ranks: int = 1, script=SCRIPT, **environment) -> subprocess.Popen:
-    """Python, or torchrun where there are several ranks, left running. With one thread: spinning
-    threads would slow down others."""
-    launcher = [] if script[:1] == [RUN_MULTI_GPU] else [sys.executable]
+    """A real process, left running: python, or torchrun where there are several ranks. It has one
+    thread: spinning threads would slow down others."""
+    launcher = [] if script is RUN_MULTI_GPU else [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -193,37 +192,37 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
         (["--prun", "0.5"], "--prun"), (["--task", "poetry"], "--task"), (["hello"], "hello"),
         (["--sample_batch", "15"], "--sample_batch must be at least"),
         (["--eval_samples", "1025"], "--sample_batch must be at least"),
+        (["--pruning_rate", "0", "--batch_size", "24"], "of 16, ranks x k: 16 or 32"),
         (["--eval_only", "--eval_questions", "0"], "has no questions, or --eval_questions is 0"),
         (["--task", "arithmetic", "--train_data", "x.csv"], "--task arithmetic makes its own"),
         (["--model", "no/such/folder"], "--model no/such/folder"),
         (["--max_prompt_tokens", "5"], "2,560 prompts over --max_prompt_tokens left out"),
-        (["--train_data", "none.csv", "--test_data", "none.csv"], "--train_data none.csv"),
+        (["--train_data", "none.csv"], "--train_data none.csv"),
         (["--output_dir", "full"], "--output_dir full is not empty"),
         (["--output_dir", "full", "--resume"], "--output_dir full is not empty"),
         (["--output_dir", "full/file/run"], "--output_dir full/file/run cannot be written"),
         (["--task", "bare"], "--warm_start_steps must be 0"),
+        (["--task", "empty"], "--task empty has no questions"),
         (["--task", "minus"], "--model None: its tokenizer or chat template refuses the questions"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full/file").write_text("precious")
-    for task, prompt in (("bare", "1+1="), ("minus", "1-1=")):
-        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, p=prompt: [Question(p, "2")])
+    (tmp_path / "full/file").touch()
+    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):
+        questions = [Question(prompt, "2") for prompt in prompts]
+        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
         monkeypatch.setitem(cppo.TASKS, task, own)
     before = sorted(tmp_path.rglob("*"))
     status, error = command_line(monkeypatch, capsys, "--output_dir", "out", *flags)
     assert status == 2
     assert error.startswith("cppo.py: ") and error.count("\n") == 1 and names in error
     assert sorted(tmp_path.rglob("*")) == before
-    assert (tmp_path / "full/file").read_text() == "precious"
 
 
 def test_no_memory_no_disk_and_ctrl_c_are_one_line_and_a_bug_a_traceback(monkeypatch, capsys):
-    monkeypatch.setattr(cppo, "RANK", 1)  # any rank of several says what ends it
-    monkeypatch.setattr(cppo.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(cppo.os, "_exit", sys.exit)
+    monkeypatch.setattr(cppo, "RANK", 1)  # each rank says what has ended it
     for error, status, says in (
         (torch.OutOfMemoryError("9 GiB"), 2, "lower --tokens_per_microbatch or --sample_batch"),
         (OSError(28, "No space left on device"), 2, "No space left on device"),
@@ -249,7 +248,7 @@ def test_ranks_x_k_divide_the_batch_and_there_are_no_more_ranks_than_gpus(monkey
 
 
 # --- Sampling -------------------------------------------------------------------------------------
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
+PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "GPT2", "Qwen3Next", "Gemma3Text"])
@@ -268,30 +267,30 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
     for i, row in enumerate(rows):
         *before, last = row.token_ids
         assert row.truncated == (last not in eos_ids) and not {*before} & {*eos_ids}
-        alone = naive_log_probs(model, row, temperature)  # a pass without padding agrees
+        alone = naive_log_probs(model, row, temperature)
+        # both agree with a forward pass of the row alone
         torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
 
 
 def test_completions_come_question_major_scored_by_their_own_question_in_any_chunks(monkeypatch):
     model, tokenizer = cppo.load_model_and_tokenizer(None, "")
-    form = "<think>1</think>\n<answer>{}</answer>"
-    questions = [Question(f"0+{i}=", f"{i}", form.format(i)) for i in range(4)]
+    questions = [Question(f"0+{i}=", f"{i}", right_form(i)) for i in range(4)]
     cppo.encode_questions(questions, tokenizer)
-    parts = (0, 8), (1, 8), (0, 6)  # of 8 tokens: right, right but not in form, cut off
+    parts = (0, 10), (1, 10), (0, 8)  # of 10 tokens: right, right but not in form, cut off
     calls = []
 
-    def teach(_model, prompts, group_size, *_):
-        calls.append(len(prompts) * group_size)
+    def teach(_model, prompts, group_size, *how):
+        calls.append((len(prompts) * group_size, *how))
         right = [q.demonstration_ids for q in questions if q.prompt_ids in prompts]
-        return [Completion([], ids[a:b], truncated=b < 8) for ids in right for a, b in parts]
+        return [Completion([], ids[a:b], truncated=b < 10) for ids in right for a, b in parts]
 
     monkeypatch.setattr(cppo, "sample_completions", teach)
     for sample_batch in (1024, 7, 3):
         settings = config(sample_batch=sample_batch, group_size=3)
-        completions = cppo.rollout(model, tokenizer, questions, settings, 3, 1.0)
+        completions = cppo.rollout(model, tokenizer, questions, settings, 3, 0.7, 0.9)
         assert [c.answer for c in completions] == [q.answer for q in questions for _ in range(3)]
         assert [(c.reward, c.truncated) for c in completions] == [(3, 0), (2, 0), (0, 1)] * 4
-    assert calls == [12, 6, 6, 3, 3, 3, 3]
+    assert calls == [(n, 32, 0.7, [1], 0.9) for n in (12, 6, 6, 3, 3, 3, 3)]
 
 
 def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
@@ -315,10 +314,10 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     assert [x.tolist() for x in cppo.sample_tokens(logits[None], 0.0)] == [[1], [0.0]]
     with pytest.raises(FloatingPointError, match="the model's logits are nan"):
-        cppo.sample_tokens(logits[None] * math.nan, 0.0)
+        cppo.sample_tokens(torch.stack([logits, logits * math.nan]), 0.0)
     for top_p, likely in ((0.35, [1]), (0.65, [1, 3]), (0.8, [1, 2, 3])):
         torch.manual_seed(0)
-        tokens, log_probs = cppo.sample_tokens(logits.expand(4000, -1), 1.0, top_p)
+        tokens, log_probs = cppo.sample_tokens(logits.expand(4000, -1) / 2, 0.5, top_p)
         assert sorted(set(tokens.tolist())) == likely
         total = logits[likely].exp().sum()
         torch.testing.assert_close(log_probs, logits[tokens] - total.log())
@@ -327,11 +326,11 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
 
 
 # --- Rewards --------------------------------------------------------------------------------------
-FORM = "<think>1 2</think>\n<answer>3</answer>"
+def right_form(answer) -> str:
+    return f"<think>1 2</think>\n<answer>{answer}</answer>"
 
 
-def right_form(answer: str) -> str:
-    return f"<think>hm</think>\n<answer>{answer}</answer>"
+FORM = right_form("3")
 
 
 def test_answers_are_what_the_last_pair_of_tags_holds():
@@ -351,35 +350,38 @@ REWARDS = [  # completion, right answer, format reward, accuracy reward
     *[(text.replace("{", "<think>hm</think>").replace("}", "<answer>72</answer>"), "72", form, acc)
       for text, form, acc in (
         ("{\n}", 1, 2), ("<think></think>\n}", 1, 2), ("<think>a\nb\n\nc</think>\n}", 1, 2),
-        ("{}", 0, 2), ("{ }", 0, 2), ("{\n\n}", 0, 2), ("{\n}\n", 0, 2), ("Well. {\n}", 0, 2),
-        ("<think>hm\n}", 0, 2), ("}", 0, 2), ("}\n{", 0, 2), ("{\n<answer>71</answer>\n}", 0, 2),
+        ("{}", 0, 2), ("{ }", 0, 2), ("{\n\n}", 0, 2), ("{\r\n}", 0, 2), (" {\n}", 0, 2),
+        ("{\n}\n", 0, 2), ("<think>hm\n}", 0, 2), ("hm</think>\n}", 0, 2), ("<think>{\n}", 0, 2),
+        ("{\n<answer>71</answer>\n}", 0, 2), ("{\n}\n<answer>71</answer>", 0, 0),
         ("{\n<answer>72", 0, 0), ("<Think>hm</Think>\n<Answer>72</Answer>", 0, 0), ("72", 0, 0),
     )],
     # no answer is never right
-    ("", "", 0, 0), (right_form(""), "", 1, 0), ("72", "None", 0, 0),
+    ("", "", 0, 0), (right_form(""), "", 1, 0), (right_form(" "), "", 1, 0),
     # the same number, written otherwise
     *[(right_form(given), answer, 1, 1.5) for given, answer in (
         ("72.0", "72"), ("72", "72."), ("072", "72"), ("+72", "72"), ("$72.00.", "72"),
-        ("72%", "72"), (".5", "0.5"), ("1,234,567.50", "1234567.5"), ("-$5", "-5"),
-        ("$-5", "-5"), ("-0", "0"), ("\N{MINUS SIGN}5", "-5"),
+        ("72%", "72"), ("1234", "1,234"), (".5", "0.5"), ("1,234,567.50", "1234567.5"),
+        ("-$5", "-5"), ("$-5", "-5"), ("-0", "0"), ("\N{MINUS SIGN}5", "-5"),
     )],
     (right_form("1,234"), "1,234", 1, 2), (right_form("x = 3"), "x = 3", 1, 2),
     # other numbers, or none
     *[(right_form(given), answer, 1, 0) for given, answer in (
         ("-72", "72"), ("7.2", "72"), ("12,34", "1234"), ("1,2345", "12345"), ("72 clips", "72"),
-        ("70+2", "72"), ("nan", "NaN"), ("7.2e1", "72"), ("+-72", "-72"), ("$", "0"), (".", "0"),
+        ("7 2", "72"), ("7.2e1", "72"), ("+-72", "-72"), ("$", "0"), (".", "0"), ("inf", "inf."),
         ("٧٢", "72"), ("0.1000000000000000055511151231257827", "0.1"),  # equal in floats only
     )],
 ]  # fmt: skip
 
 
-def test_rewards_of_a_table_of_answers():
+@grades("answers")
+def test_rewards_of_a_table_of_completions():
     for text, answer, form, accuracy in REWARDS:
         got = cppo.format_reward(text), cppo.accuracy_reward(text, answer)
         assert got == (form, accuracy), (text, answer)
 
 
-def test_scoring_answers_takes_linear_time_on_a_megabyte_of_anything():
+@grades("answers")
+def test_rewards_take_linear_time_on_a_megabyte_of_anything():
     # Quadratic time would be 1e12 steps here: this test would not end.
     pieces = "<think></think>\n<answer>", "1,", ",111", "0.", "\\boxed", *"<9-$.% {}\\", *cppo.TAGS
     for flood in (piece * (1_000_000 // len(piece)) for piece in pieces):
@@ -392,11 +394,9 @@ def test_scoring_answers_takes_linear_time_on_a_megabyte_of_anything():
 
 # --- Advantages and pruning -----------------------------------------------------------------------
 def test_advantages_by_hand():
-    # mean 1, deviations (2, 0, -1, -1), std = sqrt(6 / 3)
     rewards = torch.tensor([[3, 1, 0, 0], [3, 3, 3, 3], [2, 0, 0, 0]], dtype=F64)
     got = cppo.group_advantages(rewards)
-    lesson = "equal rewards teach nothing: 0 / (0 + 1e-4)"
-    close(cppo.group_advantages(rewards[1:2]), [[0] * 4], lesson)
+    close(cppo.group_advantages(rewards[1:2]), [[0] * 4], "equal rewards teach nothing: 0 / 1e-4")
     alone = torch.cat([cppo.group_advantages(row[None]) for row in rewards])
     close(got, alone, "mean and std are each question's own, whatever other questions there are")
     s = math.sqrt(2) + 1e-4
@@ -417,17 +417,18 @@ def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_of_equ
     assert kept(advantages, 4) == [[0, 1, 2, 3]] * 2, "with gamma 0 all k stay, also where A = 0"
     lesson = "exactly k stay, and of equal ones the first: the same on every machine"
     assert kept([[1.0, -1.0, 1.0, -1.0]], 2) == [[0, 1]], lesson
-    assert kept([[0.5, -1.0, 1.0, 0.5]], 3) == [[0, 1, 2]], lesson
     assert kept([[0.0] * 40], 3) == [[0, 1, 2]], lesson
 
 
-def test_pruning_by_the_other_three_criteria():
+def test_pruning_by_each_of_the_four_criteria_and_with_gamma_keeps_none_below_it():
     advantages = [[0.1, -2.0, 1.0, -0.9]]
     torch.manual_seed(0)
     assert kept(advantages, 2, by="advantage") == [[0, 2]]
     assert kept(advantages, 2, by="smallest") == [[0, 3]]
     seen = Counter(i for _ in range(600) for i in kept(advantages, 2, by="random")[0])
     assert all(240 < seen[i] < 360 for i in range(4))  # each half of the time: 5 sigma
+    advantages = [[0.1, -2.0, 1.0, 1.0], [0.0, -1.0, 0.5, -0.5]]
+    assert kept(advantages, 2, gamma=1.0) == [[1, 2], [1]], "of the k, |A| >= gamma stays"
 
 
 # --- Refill ---------------------------------------------------------------------------------------
@@ -445,9 +446,7 @@ def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times
     settings = config(group_size=4, pruning_rate=0.5, batch_size=8)
     draw = fake_draw(lambda i: [i / 10, 0, 0.2, 0.5])
     rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 8, settings)
-    # the paper's figure: GRPO would have asked 2 questions for its 8 slots
-    lesson = "at k = 2 it takes 4 questions to fill 8 slots, asked at once, and none more"
-    assert len(sampled) == 4 * 4 and rounds == 1, lesson
+    assert len(sampled) == 4 * 4 and rounds == 1, "at k = 2 it takes 4 questions to fill 8 slots"
     assert len(rows) == 8, "all the room is used"
     assert [row.reward for row in rows].count(0.5) == 4, "of each question the kept ones stay"
     lesson = "A is over all G completions, before any is pruned, and stays with its completion"
@@ -463,8 +462,7 @@ def test_refill_leaves_fewer_than_k_rows_empty_rather_than_split_a_question():
     draw = fake_draw(lambda i: [0, 3, 3, 0] if i else [0, 0, 0, 3])  # |A| 0.87; 0.5 and 1.5
     rows, sampled, _ = cppo.collect_batch(draw, itertools.count(), 8, settings)
     assert len(rows) <= 8, "never more rows than there is room"
-    lesson = "fewer than k rows stay empty, rather than split a question"
-    assert len(sampled) == 4 * 4 and len(rows) == 7, lesson
+    assert len(sampled) == 4 * 4 and len(rows) == 7, "rather an empty row than to split a question"
 
 
 def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most():
@@ -479,12 +477,11 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_
 # --- Log-probabilities ----------------------------------------------------------------------------
 def test_micro_batches_hold_every_row_once_within_the_limit_and_little_padding():
     rows = some_rows(50, longest=30)
-    packs = cppo.pack(rows, 100)
+    packs = cppo.pack(rows, 30)
     assert Counter(map(id, itertools.chain(*packs))) == Counter(map(id, rows))
     sizes = [len(part) * max(row.num_tokens for row in part) for part in packs]
-    assert all(size <= 100 or len(part) == 1 for size, part in zip(sizes, packs, strict=True))
+    assert all(size <= 30 or len(part) == 1 for size, part in zip(sizes, packs, strict=True))
     assert sum(sizes) < 1.15 * sum(row.num_tokens for row in rows)
-    assert len(cppo.pack(rows, 1)) == 50 and cppo.pack([], 100) == []
 
 
 def test_masks_of_a_batch_by_hand():
@@ -494,8 +491,7 @@ def test_masks_of_a_batch_by_hand():
     assert batch.input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 0, 0]], "prompt, completion, padding"
     assert not batch.mask[0, 2], "padding is no token of the completion"
     assert batch.mask[0, 1], "EOS is trained, or the model would never learn to stop"
-    lesson = "a token is the completion's by its position: 0 may be a token and may be padding"
-    assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]], lesson
+    assert batch.mask.int().tolist() == [[1, 1, 0], [1, 1, 1]], "by position: 0 may be a token"
     lesson = "the logits at a token predict the next one: it begins at the prompt's last token"
     assert batch.predicts.int().tolist() == [[0, 1, 1, 0], [1, 1, 1, 0]], lesson
     assert batch.sampled_log_probs.tolist() == [[-0.5, -0.25, 0], [0, 0, 0]]
@@ -516,13 +512,11 @@ def loss_of(ratio, advantage, eps=0.2, beta=0.0, ref_ratio=1.0):
 
 def test_the_clipped_loss_and_its_gradient_by_hand():
     for ratio, advantage, loss, gradient, is_clipped, why in (
-        (1.0, 2.0, -2.0, -2.0, 0, "the loss is minus what the paper maximizes"),
-        (1.1, 2.0, -2.2, -2.2, 0, "inside the clip the loss is -rho A"),
+        (1.1, 2.0, -2.2, -2.2, 0, "the loss is minus what the paper maximizes: -rho A"),
         (1.5, 2.0, -2.4, 0.0, 1, "above 1 + eps and wanted more: held at 1.2 A"),
         (1.5, -2.0, 3.0, 3.0, 0, "above 1 + eps but unwanted: min leaves it free to come back"),
         (0.5, -2.0, 1.6, 0.0, 1, "below 1 - eps and unwanted: held at 0.8 A"),
         (0.5, 2.0, -1.0, -1.0, 0, "below 1 - eps but wanted: min leaves it free to come back"),
-        (1.5, 0.0, 0.0, 0.0, 0, "A = 0 pulls nowhere"),
     ):
         got, grad, statistics = loss_of(ratio, advantage)
         assert got == pytest.approx(loss, abs=1e-12), why
@@ -538,7 +532,6 @@ def test_the_kl_term_of_the_loss_and_its_gradient_by_hand():
     assert got == pytest.approx(-(3.0 - 0.04 * (1 - math.log(2))), abs=1e-12), why
     why = "the KL term pulls back to the reference: its gradient flows through log pi_theta"
     assert grad.item() == pytest.approx(-(3.0 + 0.04 * (2 - 1)), abs=1e-12), why
-    assert loss_of(1.0, 3.0, beta=0.04)[2]["kl"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions():
@@ -626,21 +619,20 @@ def test_a_steps_numbers_by_hand(monkeypatch):
     draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
     rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 2, settings)
     means = Counter(loss=4.0, kl=1.0, clip_fraction=0.5, sampling_gap=0.25, grad_norm=3.0)
-    metrics = cppo.step_metrics(rows, sampled, rounds, means, settings)
+    counts = {"questions": 2, "sampled": 8, "kept": 2, "dead_groups": 1, "refill_rounds": 1,
+              "sampled_tokens": 16, "trained_tokens": 4}  # fmt: skip
     # the lone 2: mean 1/2, std 1, |A| = 1.5, the rest 0.5; the group of equal rewards has A = 0
-    assert metrics == {
-        "questions": 2, "sampled": 8, "kept": 2, "dead_groups": 1,
-        "refill_rounds": 1, "sampled_tokens": 16, "trained_tokens": 4,
+    averages = {
         "reward": 10 / 8, "accuracy": 5 / 8, "format": 0, "truncated": 0, "completion_tokens": 2,
         "abs_advantage_kept": pytest.approx(1.5 / 2, abs=1e-3), "loss": 4 / 2, "kl": 1 / 2,
         "clip_fraction": 0.5 / 2, "sampling_gap": 0.25 / 2, "grad_norm": 3, "entropy": 0.75,
     }  # fmt: skip
+    assert cppo.step_metrics(rows, sampled, rounds, means, settings) == counts | averages
     nothing = cppo.step_metrics([], sampled, 4, Counter(grad_norm=0.0), settings)
     assert nothing["loss"] is nothing["abs_advantage_kept"] is nothing["grad_norm"] is None
     monkeypatch.setattr(cppo, "over_ranks", lambda own: [own, own])
-    both = cppo.step_metrics(rows, sampled, rounds, means, settings)
-    counts = [*metrics][:7]  # the first two lines of the above
-    assert both == metrics | {name: 2 * metrics[name] for name in counts}
+    twice = {name: 2 * count for name, count in counts.items()}
+    assert cppo.step_metrics(rows, sampled, rounds, means, settings) == twice | averages
 
 
 @pytest.fixture(scope="session")
@@ -675,11 +667,9 @@ def worker(folder: str):
     for first in (5, 12, 1):  # of 12 rows, so many are the first rank's
         rows = [some_rows(12)[:first], some_rows(12)[first:]][cppo.RANK]
         found["gradients"].append(gradients_of_update(rows, ddp=True, **own))
-    for is_zero in (True, False):
-        learner = learner_of(tiny("Llama"), tiny("Llama"), ddp=True, adamw=True)
-        if not is_zero:
-            weights = learner.policy.parameters()
-            learner.optimizer = torch.optim.AdamW(weights, 1e-2, weight_decay=0.0)
+    plain = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    for make in (adamw, lambda policy: plain(policy.parameters())):
+        learner = learner_of(tiny("Llama"), make, tiny("Llama"), ddp=True)
         for _ in range(2):
             cppo.update(learner, some_rows(12)[cppo.RANK :: 2], 12, config(**own))
         found["weights"].append([p.detach() for p in learner.model.parameters()])
@@ -691,7 +681,7 @@ def worker(folder: str):
 
 @pytest.mark.parametrize("ranks", [1, 2])  # with two there are gradients of 0, with one none
 def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, monkeypatch):
-    learner = learner_of(tiny("Llama"), tiny("Llama"), adamw=True)
+    learner = learner_of(tiny("Llama"), adamw, tiny("Llama"))
     monkeypatch.setattr(cppo, "WORLD_SIZE", ranks)
     cppo.update(learner, some_rows(4), 4, config())
     before = copy.deepcopy(learner.model.state_dict())
@@ -709,13 +699,15 @@ def test_bfloat16_computes_nearly_the_float32_gradient_and_keeps_it_in_float32()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_sampler_is_the_policy_rounded_and_the_reference_what_it_was_at_the_start(dtype):
+def test_a_step_leaves_the_sampler_the_policy_rounded_the_reference_as_it_was(dtype, monkeypatch):
     model, start = tiny("Qwen2"), tiny("Qwen2")
     run = cppo.Run(None, None, {}, model, None, [], [])
     learner = cppo.make_learner(run, model, 8, config(dtype=str(dtype).removeprefix("torch.")))
     assert (learner.sampler is model) == (dtype == torch.float32)
     model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
-    learner.sampler.load_state_dict(model.state_dict())  # as cppo_step does
+    monkeypatch.setattr(cppo, "collect_batch", lambda *_: ([], [], 1))
+    monkeypatch.setattr(cppo, "step_metrics", lambda *_: {})
+    cppo.cppo_step(learner, None, iter(()), config())
     for copied, original in ((learner.sampler, model), (learner.reference, start)):
         for a, b in zip(copied.parameters(), original.parameters(), strict=True):
             assert torch.equal(a, b.to(dtype)) and a.requires_grad == (copied is model)
@@ -735,7 +727,7 @@ def test_no_test_sum_is_a_training_sum_not_even_turned_round():
 def test_questions_load_from_any_kind_of_file(kind, tmp_path):
     answers = ["48/2 = <<48/2=24>>24 clips.\n24+48 = <<24+48=72>>72.\n#### 72", "1,234", "0"]
     table = datasets.Dataset.from_list([{"question": "How many?", "answer": a} for a in answers])
-    file = str(tmp_path / f"data.{kind}")
+    file = str(tmp_path / f"data[1].{kind}")  # a name, and no pattern
     how = {"lines": False} if kind == "json" else {}  # one list
     getattr(table, f"to_{kind.removesuffix('l')}")(file, **how)
     questions = cppo.TASKS["gsm8k"].questions(file, "train")
@@ -762,13 +754,13 @@ def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
 
 def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
     for name, content, says in (
-        ("a.csv", "question,answer\n", "it has no rows"), ("rows", "a", "another kind of file"),
+        ("a.csv", "question,answer\n", "it has no rows"), ("b.jsonl", "", "it has no rows"),
         ("c.csv", "question,answer\nHow many, then?,1\n", r"row 1: answer is \['1'\]"),
         ("d.csv", 'question,answer\n1+1,"2\n', "unexpected end of data"),
-        ("b.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("a.parquet", "PAR1", "give a parquet"),
-        ("c.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
-        ("d.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
-        ("e.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b", "ans', "give a parquet"),
+        ("e.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
+        ("f.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
+        ("g.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("h.jsonl", '{"quest', "give a parquet"),
+        ("i.parquet", "PAR1 half", "give a parquet"), ("rows", "a", "it is another kind of file"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=rf"--train_data .*{name}.*{says}"):
@@ -779,25 +771,34 @@ def test_what_a_box_holds():
     for text, inside in (
         (r"so $\boxed{42}$.", "42"), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed 5$ x", "5"),
         (r"\boxed{\frac{1}{\sqrt{2}}} }", r"\frac{1}{\sqrt{2}}"), (r"\fbox{ 3 }", "3"),
-        (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"), (r"\boxed{1", None), ("", None),
-        (r"\boxed{}", None), (r"\boxed", None), (r"\boxed{\\{ 1 \\ 2 }", None),
+        (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"), (r"\boxed{\\{ 1 \\ 2 }", None),
+        (r"\boxed{1", None), ("42", None), (r"\boxed", None), (r"\boxed{ }", None),
     ):  # fmt: skip
         assert cppo.boxed(text) == inside, text
 
 
-def test_the_math_reward_needs_its_package_and_is_2_for_equals(tmp_path, monkeypatch):
-    halves = {"1/2", "0.5"}  # all that this stand-in for the package knows to be equal
-    package = SimpleNamespace(parse=lambda latex: latex[8:-2], verify=lambda *two: {*two} == halves)
-    monkeypatch.setitem(sys.modules, "math_verify", package)
+@pytest.fixture
+def math_verify(tmp_path, monkeypatch):
+    """A stand-in for the package, which knows that a half is 0.5."""
+    code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
+    (tmp_path / "math_verify.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "math_verify", raising=False)
+    return str(tmp_path)
+
+
+def test_the_math_reward_needs_its_package_and_is_2_for_equals(math_verify, tmp_path, monkeypatch):
     for text, answer, reward in (
-        (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0), ("7", "7", 0),
+        (r"\boxed{7}", "7", 2), (r"\boxed{0.5}", "1/2", 2), (r"\boxed{8}", "7", 0),
+        ("7", "7", 0), (r"\boxed{}", "", 0), (r"\boxed{7} or \boxed{8}", "7", 0),
     ):  # fmt: skip
         assert cppo.math_reward(text, answer) == reward
-    (tmp_path / "data.jsonl").write_text('{"problem": "1 + 1", "answer": 2}\n')
-    settings = Config(task="math", train_data=str(tmp_path / "data.jsonl"), eval_questions=0)
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"problem": "1 + 1", "answer": 2}\n')
+    settings = Config(task="math", model="no/such", train_data=str(file), test_data=str(file))
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(UserError, match="pip install math-verify"):
-        cppo.load_questions(settings)
+        cppo.train(settings)
 
 
 def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_template_has():
@@ -808,12 +809,9 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
     plain, *others = Question(chat, "3"), Question(chat, "3"), Question("1+2=", "3")
     cppo.encode_questions([plain], tokenizer)
     assert tokenizer.decode(plain.prompt_ids) == "<pad>1+\n\n2\n\n"
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '=' if m.role == 'user' else '<think>' }}{{ m.content }}"
-        "{% endfor %}{% if add_generation_prompt %}</think>{% endif %}"
-    )
+    tokenizer.chat_template = "{{ messages|join('', 'content') + '=0' * add_generation_prompt }}"
     cppo.encode_questions(others, tokenizer)
-    assert [tokenizer.decode(q.prompt_ids) for q in others] == ["<think>1+=2</think>", "<pad>1+2="]
+    assert [tokenizer.decode(q.prompt_ids) for q in others] == ["1+2=0", "<pad>1+2="]
     tokenizer.chat_template = "{{ messages[1].content }}"  # and the system prompt?
     with pytest.raises(ValueError, match="it leaves out the first message"):
         cppo.encode_questions(others, tokenizer)
@@ -839,9 +837,10 @@ def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
         settings = {"eos_token_id": ids, "temperature": 0.6}  # some are like that
         (folder / "generation_config.json").write_text(json.dumps(settings))
-        model, _ = cppo.load_model_and_tokenizer(folder, "")
+        model, tokenizer = cppo.load_model_and_tokenizer(folder, "")
         assert model.generation_config.eos_token_id == want and not model.training
         assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
+        assert tokenizer.decode(tokenizer(FORM).input_ids) == FORM
         model.save_pretrained(tmp_path / "saved")
 
 
@@ -856,16 +855,16 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
     tokenizer.save_pretrained(folder)
     refused("no EOS token")
     weights = safetensors.torch.load_file(file := folder / "model.safetensors")
-    weights["model.norm.weight"] /= 0
-    safetensors.torch.save_file(weights, file, {"format": "pt"})
-    refused("are inf or nan")
-    del weights["model.norm.weight"]
-    safetensors.torch.save_file(weights, file, {"format": "pt"})
-    refused(r"it lacks weights: .*'model\.norm\.w")
+    inf = {"model.norm.weight": weights.pop("model.norm.weight") / 0}
+    lacks = r"it lacks weights: .*'model\.norm\.w"
+    for some, says in ((weights, lacks), (weights | inf, "are inf or nan")):
+        safetensors.torch.save_file(some, file, {"format": "pt"})
+        refused(says)
     tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
     refused("its tokenizer does not give back '<think>1 2<")
     folder = save_tiny_model(tmp_path / "code")
-    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to whoever asks
@@ -922,14 +921,14 @@ def test_checkpoint_0_and_the_newest_2_stay_and_resume_wants_the_same_flags(tmp_
         resumed(tmp_path)
 
 
-@pytest.mark.parametrize("writes", ["cppo.torch.save", "cppo.os.fsync"])
-def test_a_full_disk_while_saving_leaves_a_whole_checkpoint(writes, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_while_it_saves_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
     for step in (0, 1, 2):
         save(tmp_path, step)
-    full = OSError(28, "No space left on device")
-    says = r"-3 cannot be written, the one before it stays: \[Errno 28\]"
-    with monkeypatch.context() as patch, pytest.raises(UserError, match=says):
-        patch.setattr(writes, lambda *_: (_ for _ in ()).throw(full))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"-3 cannot be .* 28"):
+        patch.setattr(cppo.os, "fsync", full)
         save(tmp_path, 3)
     path, state = resumed(tmp_path)
     assert state["step"] == 2
@@ -962,16 +961,17 @@ def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeyp
     monkeypatch.setattr(cppo, "rollout", rollout)
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
-    changes = dict(gamma=1e-3, save_every=1, steps=3, resume=True)
+    changes = dict(gamma=1e-3, save_every=1, steps=3, resume=True, max_prompt_tokens=6)
     settings = config(output_dir=str(folder), **changes, **SHORT)
     cppo.train(settings)
     cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
+    assert len(asked) == 3 * 16
     del asked[2 * 16 :]
     cppo.train(settings)
     prompts = [question.prompt for question in asked]
     assert len(prompts) == 3 * 16 == len(set(prompts))
     assert len(set(seeds)) == 3 and seeds[8:12] == seeds[12:]  # each step its own, again and again
-    assert [m["step"] for m in read_metrics(folder)] == [0, 1, 2, 3]
+    assert [step["step"] for step in read_metrics(folder)] == [0, 1, 2, 3]
 
 
 def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_path, monkeypatch):
@@ -985,6 +985,21 @@ def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_
     wild = dict(warm_start_steps=3, warm_start_learning_rate=1e15)  # its third gradient is nan
     with pytest.raises(UserError, match="lower --warm_start_learning_rate"):
         cppo.train(config(output_dir=str(tmp_path / "run"), **SHORT | wild))
+
+
+def test_the_warm_start_steps_along_the_gradient_of_the_demonstrations_log_likelihood(monkeypatch):
+    model, tokenizer = cppo.load_model_and_tokenizer(None, "")
+    questions = cppo.arithmetic_questions(None, "train")[:32]
+    cppo.encode_questions(questions, tokenizer)
+    start, naive = copy.deepcopy(model), copy.deepcopy(model)
+    learner = learner_of(model)
+    monkeypatch.setattr(cppo, "make_optimizer", lambda *_: (learner.optimizer, learner.scheduler))
+    cppo.warm_start(model, model, iter(questions), config(warm_start_steps=1, max_grad_norm=1e9))
+    for q in questions:  # a mean over a demonstration's tokens, then over demonstrations
+        row = Completion(q.prompt_ids, q.demonstration_ids)
+        (-naive_log_probs(naive, row, 1.0).mean() / 32).backward()
+    for a, b, c in zip(*(m.parameters() for m in (start, model, naive)), strict=True):
+        torch.testing.assert_close(a - b, c.grad, rtol=1e-4, atol=1e-5)
 
 
 # --- What people report of such programs ---------------------------------------------------------
@@ -1024,7 +1039,7 @@ def test_a_reward_is_a_finite_number_or_one_line_names_task_answer_and_value(mon
         monkeypatch.setattr(cppo.TASKS["arithmetic"], "answer_reward", lambda *_: value)
         return scored(monkeypatch, tokenizer, Question("", "3"), Completion([], [1]))[0].reward
 
-    for value in (1, True, torch.tensor(1.0)):
+    for value in (1, True, torch.ones(1).numpy()[0], torch.tensor(1.0)):
         assert json.dumps(reward(value)) == "1.0"
     for value in (math.nan, None, "x", math.inf, 10**400, torch.tensor(math.nan)):
         says = f"--task arithmetic: its reward is {value!r} for the answer '3': "
@@ -1048,31 +1063,32 @@ def test_a_model_whose_cache_is_not_understood_is_refused_also_to_evaluate(monke
 
 
 def test_N_counts_the_rows_of_all_ranks_and_the_wait_for_them_is_not_training_time(monkeypatch):
-    clock = Counter()
+    clock, given = Counter(), {}
 
-    def fake(name, takes, function):
-        def timed(*arguments):
+    def fake(name, takes, result):
+        def function(*arguments):
             clock["now"] += takes
-            return function(*arguments)
+            given[name] = arguments
+            return result
 
-        monkeypatch.setattr(cppo, name, timed)
+        monkeypatch.setattr(cppo, name, function)
 
     monkeypatch.setattr(cppo.time, "perf_counter", lambda: clock["now"])
-    fake("collect_batch", 1, lambda *_: (["a row"] * 3, [], 1))
-    fake("over_ranks", 100, lambda own: [own, 4])
-    fake("update", 10, lambda learner, rows, N, config: {"rows": rows, "N": N})
-    fake("step_metrics", 1000, lambda kept, sampled, rounds, row_sums, config: row_sums)
+    fake("collect_batch", 1, (["a row"] * 3, [], 1))
+    fake("over_ranks", 100, [3, 4])
+    fake("update", 10, None)
+    fake("step_metrics", 1000, {})
     metrics, _ = cppo.cppo_step(learner_of(tiny("Llama")), None, iter(()), config())
-    seconds = {"sample_seconds": 101, "train_seconds": 10, "step_seconds": 111}
-    assert metrics == {"rows": ["a row"] * 3, "N": 7} | seconds
+    assert given["over_ranks"] == (3,) and given["update"][1:3] == (["a row"] * 3, 7)
+    assert metrics == {"sample_seconds": 101, "train_seconds": 10, "step_seconds": 111}
 
 
-def test_a_cell_is_text_or_a_number_without_exponent_and_any_path_is_no_pattern(tmp_path):
+def test_a_cell_is_text_or_a_number_without_exponent_and_files_are_told_by_suffix(tmp_path):
     def read(*answers, file="a.jsonl"):
         text = "\n".join(json.dumps({"question": "q", "answer": answer}) for answer in answers)
         if "csv" in file.lower():
             text = "question,answer\n" + "".join(f"q,{answer}\n" for answer in answers)
-        (tmp_path / file).write_text(text)
+        (tmp_path / file).write_text(text, "utf-8-sig")
         return [q.answer for q in cppo.table_questions("", "{}", str(tmp_path / file), "train")]
 
     numbers = 1e16, 0.5, 2, 1e-7, 72.0, 123456789012345678901234567890
@@ -1081,24 +1097,25 @@ def test_a_cell_is_text_or_a_number_without_exponent_and_any_path_is_no_pattern(
     for answer in ([1], {"a": 1}, True, math.nan, math.inf):
         with pytest.raises(UserError, match=r"row 1: answer is .*neither text nor a finite number"):
             read(answer)
-    (tmp_path / "data1.jsonl").write_text("what the pattern data[1].jsonl finds")
     texts = ["NA", "None", "null", "nan", "3", "007", "1e5", "true", "2.50", "2020-01-01"]
-    for file in ("DATA.JSONL", "data[1].jsonl", "a*b.jsonl", "a?b.csv", "train.CSV"):
+    for file in ("DATA.JSONL", "a*b.jsonl", "train.CSV"):
         assert read(*texts, file=file) == texts
 
 
 def test_prompts_and_completions_must_fit():
-    for family, vocabulary, eos, prompt, most, says in (
-        ("GPT2", 13, 1, "1+2=", 60, ""), ("GPT2", 20, 1, "1+2=", 61, "65 tokens need more"),
-        ("Llama", 12, 1, "1+2=", 60, "token 12 is not in its embedding of 12"),
-        ("Llama", 20, 99, "1+2=", 60, "token 99 is not in its embedding of 20"),
-        ("Llama", 20, 1, "", 60, "or leaves them empty"),
-        ("Llama", 20, 1, "1+2=<eos>", 60, "ends prompts with EOS"),
+    for family, vocabulary, eos, prompt, most, end, says in (
+        ("GPT2", 13, 1, "1+2=", 60, "", ""), ("GPT2", 20, 1, "1+2=", 61, "", "65 tokens need more"),
+        ("Llama", 12, 1, "1+2=", 60, "", "token 12 is not in its embedding of 12"),
+        ("Llama", 20, 99, "1+2=", 60, "", "token 99 is not in its embedding of 20"),
+        ("Llama", 20, 1, "", 60, "", "or leaves them empty"),
+        ("Llama", 20, 1, "1+2=", 60, " <eos>", "ends prompts with EOS"),
     ):  # fmt: skip
         model, (_, tokenizer) = tiny(family, vocabulary), cppo.tiny_model_and_tokenizer()
         model.generation_config.eos_token_id = [1, eos]
-        cppo.encode_questions(questions := [Question(prompt, "3")], tokenizer)
-        settings = config(model="m", max_completion_tokens=most)
+        template = processors.TemplateProcessing("$A" + end, None, [("<eos>", 1)])
+        tokenizer.backend_tokenizer.post_processor = template
+        questions, settings = [Question(prompt, "3")], config(model="m", max_completion_tokens=most)
+        cppo.encode_questions(questions, tokenizer)
         with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
             cppo.check_fit(model, tokenizer, questions, settings)
 
@@ -1112,8 +1129,8 @@ def one_step(tmp_path_factory):
 
 @pytest.mark.parametrize("damage", [Path.unlink, functools.partial(os.truncate, length=99)])
 def test_a_damaged_part_of_a_checkpoint_is_blamed_on_it(damage, one_step, tmp_path):
-    parts = "0/model.safetensors", "1/model.safetensors", "1/tokenizer.json", "1/trainer_state.pt"
-    for part in parts:
+    parts = "0/model.safetensors 1/model.safetensors 1/config.json 1/tokenizer.json"
+    for part in (parts + " 1/trainer_state.pt").split():
         folder = shutil.copytree(one_step.output_dir, tmp_path / part)
         damage(folder / f"checkpoint-{part}")
         with pytest.raises(UserError, match=rf"^--resume: {folder}/checkpoint-{part[0]}") as error:
@@ -1186,8 +1203,7 @@ def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
     mask = torch.tensor([[True, False, False], [True, True, True]])
     for most in (8, 32):
         got = extension("dr_grpo_token_mean")(values, mask, most)
-        lesson = "a sum over own tokens / max_completion_tokens, the same for all"
-        close(got, [4 / most, 6 / most], lesson)
+        close(got, [4 / most, 6 / most], "a sum over own tokens / max_tokens, the same for all")
 
 
 def test_dppo_weighs_what_it_keeps_so_that_the_mean_over_draws_is_the_unpruned_loss():
@@ -1241,66 +1257,48 @@ SOLVED = RIGHT | {
     "dr_grpo_token_mean": lambda v, m, most: (v * m).sum(dim=1) / most,
     "dppo_weights": dppo_weights,
 }  # fmt: skip
-MISTAKES = {  # function: plausible ones, as functions or edits of it, and what its graders must say
-    "extract_answer": [
-        (lambda t: t.partition("<answer>")[2].partition("</answer>")[0], "the last answer counts"),
-        (lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1], "sign and letters"),
-        (lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(), "no answer is None"),
-    ],
-    "group_advantages": [
-        (lambda r: (r - r.mean()) / (r.std() + 1e-4), "each question's own"),
-        (lambda r: (r - r.mean(1)[:, None]) / (r.std(1, False)[:, None] + 1e-4), "over G - 1"),
-        (lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "equal rewards teach nothing"),
-    ],
-    "prune": [
-        ({'"abs_advantage": abs_QG': '"abs_advantage": advantages_QG'}, "not A: the worst teach"),
-        (lambda a, k, **_: RIGHT["prune"](a.view(1, -1), k * len(a)).view_as(a), "keeps k"),
-        (lambda a, k, **_: RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
-    ],
-    "make_batch": [
-        ({"torch.arange(C) < length":
-          "torch.tensor([(r.token_ids + [0] * C)[:C] for r in rows]) != 0"}, "EOS is trained"),
-        ({"arange(C) < length": "arange(C) < C + 0 * length"}, "padding is no"),
-        ({"arange(T) + 1": "arange(T)"}, "predict the next one"),
-    ],
-    "cppo_loss": [
-        ({"torch.minimum(unclipped, clipped)": "clipped"}, "min leaves it free"),
-        ({"beta * kl, mask)": "beta * kl, torch.ones_like(mask))"}, "padding left out"),
-        (NO_KL_GRADIENT, "its gradient flows through"),
-    ],
-    "collect_batch": [
-        ({"(room - len(kept)) // k": "room // G"}, "takes 4 questions"),
-        ({"for c, adv": "A_kept = group_advantages(rewards[keep_QG.flatten()].view(Q, k))\n"
-          "        advantages_QG[keep_QG] = A_kept.flatten()\n        for c, adv"},
-         "before any is pruned"),
-        ({"room - len(kept) >= k": "room > len(kept)", "return kept": "return kept[:room]",
-          "(room - len(kept)) // k": "-((len(kept) - room) // k)"}, "rather than split a question"),
-    ],
-    "max_variance": [
-        (lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
-        (lambda r, k: RIGHT["prune"](r, k, by="advantage"), "most variance"),
-        (lambda r, k: RIGHT["prune"](r, k - k // 2, by="advantage")
-         | RIGHT["prune"](-r, k // 2, by="advantage"), "for the best i"),
-    ],
-    "clip_higher_loss": [
-        (edited("cppo_loss", HIGH), r"rise up to 1 \+ eps_high"),
-        (edited("cppo_loss", HIGH | UPPER | {"1 - clip_eps": "1 - high"}), "the lower bound stays"),
-        (edited("cppo_loss", HIGH | UPPER | NO_KL_GRADIENT), "its gradient flows through"),
-    ],
-    "dr_grpo_advantages": [
-        (RIGHT["group_advantages"], "and no more"),
-        (lambda r: r - r.mean(), "each question's G"),
-    ],
-    "dr_grpo_token_mean": [
-        (lambda v, m, most: RIGHT["token_mean"](v, m), "max_completion_tokens"),
-        (lambda v, m, most: v.sum(1) / most, "own tokens"),
-    ],
-    "dppo_weights": [
-        (lambda a, k: RIGHT["prune"](a, k).double(), "larger where"),
-        (lambda a, k: dppo_weights(a, k, divide=False), "divided by p_i"),
-        (lambda a, k: dppo_weights(a.flatten()[None], k * len(a)).view_as(a), "question's G"),
-    ],
-}  # fmt: skip
+MISTAKES = [  # function, a plausible one or an edit that makes it, what its graders must say
+    ("extract_answer", lambda t: t.partition("<answer>")[2].partition("</answer>")[0],
+     "the last answer counts"),
+    ("extract_answer", lambda t: (re.findall(r"<answer>\s*(\d+)", t) or [None])[-1],
+     "sign and letters"),
+    ("extract_answer", lambda t: t.split("<answer>")[-1].split("</answer>")[0].strip(),
+     "no answer is None"),
+    ("group_advantages", lambda r: (r - r.mean()) / (r.std() + 1e-4), "each question's own"),
+    ("group_advantages", lambda r: (r - r.mean(1)[:, None]) / (r.std(1, False)[:, None] + 1e-4),
+     "over G - 1"),
+    ("group_advantages", lambda r: (r - r.mean(1)[:, None]) / r.std(1)[:, None], "teach nothing"),
+    ("prune", {'"abs_advantage": abs_QG': '"abs_advantage": advantages_QG'}, "not A: the worst"),
+    ("prune", lambda a, k, **_: RIGHT["prune"](a.view(1, -1), k * len(a)).view_as(a), "keeps k"),
+    ("prune", lambda a, k, **_: RIGHT["prune"](a.flip(1), k).flip(1), "the first"),
+    ("make_batch", {"torch.arange(C) < length":
+     "torch.tensor([(r.token_ids + [0] * C)[:C] for r in rows]) != 0"}, "EOS is trained"),
+    ("make_batch", {"arange(C) < length": "arange(C) < C + 0 * length"}, "padding is no"),
+    ("make_batch", {"arange(T) + 1": "arange(T)"}, "predict the next one"),
+    ("cppo_loss", {"torch.minimum(unclipped, clipped)": "clipped"}, "min leaves it free"),
+    ("cppo_loss", {"beta * kl, mask)": "beta * kl, torch.ones_like(mask))"}, "padding left out"),
+    ("cppo_loss", NO_KL_GRADIENT, "its gradient flows through"),
+    ("collect_batch", {"(room - len(kept)) // k": "room // G"}, "takes 4 questions"),
+    ("collect_batch", {"advantages_QG.flatten()": "advantages_QG.masked_scatter(keep_QG, "
+     "group_advantages(rewards.view(Q, G)[keep_QG].view(Q, k))).flatten()"}, "before any is"),
+    ("collect_batch", {"rounds < MAX_REFILL_ROUNDS": "rounds < 1"}, "round after round"),
+    ("max_variance", lambda r, k: RIGHT["prune"](RIGHT["group_advantages"](r), k), "most variance"),
+    ("max_variance", lambda r, k: RIGHT["prune"](r, k, by="advantage"), "most variance"),
+    ("max_variance", lambda r, k: RIGHT["prune"](r, k - k // 2, by="advantage")
+     | RIGHT["prune"](-r, k // 2, by="advantage"), "for the best i"),
+    ("clip_higher_loss", edited("cppo_loss", HIGH), r"rise up to 1 \+ eps_high"),
+    ("clip_higher_loss", edited("cppo_loss", HIGH | UPPER | {"1 - clip_eps": "1 - high"}),
+     "the lower bound stays"),
+    ("clip_higher_loss", edited("cppo_loss", HIGH | UPPER | NO_KL_GRADIENT), "its gradient flows"),
+    ("dr_grpo_advantages", RIGHT["group_advantages"], "and no more"),
+    ("dr_grpo_advantages", lambda r: r - r.mean(), "each question's G"),
+    ("dr_grpo_token_mean", lambda v, m, most: RIGHT["token_mean"](v, m), "max_tokens"),
+    ("dr_grpo_token_mean", lambda v, m, most: (v * m).sum(1) / m.shape[1], "the same for all"),
+    ("dppo_weights", lambda a, k: RIGHT["prune"](a, k).double(), "larger where"),
+    ("dppo_weights", lambda a, k: dppo_weights(a, k, divide=False), "divided by p_i"),
+    ("dppo_weights", lambda a, k: dppo_weights(a.flatten()[None], k * len(a)).view_as(a),
+     "question's G"),
+]  # fmt: skip
 
 
 def grade(function: str):
@@ -1317,7 +1315,7 @@ def test_the_graders_say_what_plausible_mistakes_overlook(function, monkeypatch)
     for name in EXERCISES:
         monkeypatch.setattr(cppo, name, SOLVED[name], raising=False)
     grade(function)  # a right solution passes
-    for mistake, lesson in MISTAKES[function]:
+    for mistake, lesson in (what for name, *what in MISTAKES if name == function):
         wrong = edited(function, mistake) if isinstance(mistake, dict) else mistake
         monkeypatch.setattr(cppo, function, wrong)
         with pytest.raises(AssertionError, match=lesson):
@@ -1328,8 +1326,8 @@ def test_the_graders_say_what_plausible_mistakes_overlook(function, monkeypatch)
 @pytest.mark.slow
 @grades("answers", "advantages", "pruning", "masks", "loss", "refill")
 def test_the_main_job_learns_to_carry(tmp_path):
-    out = run("--output_dir", tmp_path / "run")
-    assert out.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
+    printed = run("--output_dir", tmp_path / "run")
+    assert printed.startswith("cppo: arithmetic, 1 rank(s), cpu, float32")
     _, before, *steps, after = read_metrics(tmp_path / "run")
     assert 0.4 <= before["eval_accuracy"] <= 0.8 and after["eval_accuracy"] >= 0.97
     assert all(step["kept"] == 16 and step["sampled"] == 8 * 16 for step in steps)
@@ -1338,26 +1336,28 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
     assert max(step["sampling_gap"] for step in steps) < 1e-4
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "960 questions, 0.0"):
-        assert line in out
+        assert line in printed
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
 
 
 @pytest.mark.slow
-def test_a_model_folder_trains_on_files_for_an_epoch_and_is_evaluated(tmp_path, capsys):
+def test_a_model_folder_trains_on_a_file_and_is_evaluated(math_verify, tmp_path, capsys):
     file, folder = tmp_path / "a.jsonl", tmp_path / "run"
     model = save_tiny_model(tmp_path / "model")
     _, tokenizer = cppo.tiny_model_and_tokenizer()
     tokenizer.backend_tokenizer.model.unk_token = "<pad>"  # it reads any text
     tokenizer.save_pretrained(model)
-    rows = [{"question": f"{i} + {i}", "answer": str(2 * i)} for i in range(10, 22)]
-    rows.append({"question": 300 * "1", "answer": "1"})
+    rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
+    rows.append({"problem": 300 * "1", "solution": "#### 1"})
     file.write_text("\n".join(map(json.dumps, rows)))
-    settings = dict(model=str(model), test_data=str(file), output_dir=str(folder),
+    settings = dict(task="math", model=str(model), test_data=str(file), output_dir=str(folder),
                     dtype="bfloat16", max_completion_tokens=8)  # fmt: skip
-    cppo.train(Config(**settings, train_data=str(file), batch_size=8, group_size=4,
-                      pruning_rate=0.5, max_prompt_tokens=600, warm_start_steps=1))  # fmt: skip
-    said = capsys.readouterr().out
-    assert "gsm8k, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in said
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    printed = run(
+        *flags, "--train_data", file, "--batch_size", 8, "--group_size", 4, "--pruning_rate", 0.5,
+        "--max_prompt_tokens", 800, "--warm_start_steps", 1, PYTHONPATH=math_verify,
+    )  # fmt: skip
+    assert "math, 1 rank(s), cpu, bfloat16; 1 prompts over --max_prompt_tokens" in printed
     _, before, *steps, after = read_metrics(folder)
     assert before["eval_questions"] == after["eval_questions"] == 13  # none is left out here
     assert [s["epoch"] for s in steps] == [1 / 3, 2 / 3, 1.0]  # --steps unset: one epoch
@@ -1387,11 +1387,11 @@ def test_a_students_module_is_graded_in_place_of_cppo_py(tmp_path):
     readme = (ROOT / "README.md").read_text()
     code = readme[readme.index("    # mine.py\n") : readme.index("    CPPO_MODULE=mine pytest")]
     (tmp_path / "mine.py").write_text(code.replace("\n    ", "\n").strip() + "\n")
-    pytests = ["-m", "pytest", ROOT, "-p", "no:cacheprovider", "-k", "advantages and not slow"]
-    grading = start_process(*pytests, script=[], CPPO_MODULE="mine", PYTHONPATH=str(tmp_path))
-    out, _ = grading.communicate(timeout=150)
-    (says,) = re.findall(r"AssertionError: (.*?) \.\.\.", readme)
-    assert grading.returncode == 1 and "AssertionError: " + says in out, out
+    mine = {"CPPO_MODULE": "mine", "PYTHONPATH": str(tmp_path)}
+    command = "-m", "pytest", ROOT, "-p", "no:cacheprovider", "-k", "advantages and not slow"
+    printed = run(*command, script=[], status=1, **mine)
+    (says,) = re.findall(r"AssertionError: .*?(?= \.\.\.)", readme)
+    assert says in printed
 
 
 RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_questions 32".split()
@@ -1411,12 +1411,11 @@ def whole_run(tmp_path_factory):
 
 
 def assert_equal_runs(a: Path, b: Path):
-    """The same metrics but for the seconds, and the same weights, bit for bit; full batches."""
+    """The same metrics but for the seconds, and the same weights, bit for bit; all batches full."""
     for one, other in zip(read_metrics(a), read_metrics(b), strict=True):
         assert one == other | {k: v for k, v in one.items() if k.endswith("_seconds")}
     assert [m["step"] for m in read_metrics(b)] == [0, 0, 1, 2, 3, 4, 5, 5]
-    for step in read_metrics(b)[2:-1]:
-        assert step["kept"] == 32 and step["questions"] == 16 and step["sampling_gap"] < 1e-4
+    assert all(m["kept"] == 32 and m["questions"] == 16 for m in read_metrics(b)[2:-1])
     for name in ("checkpoint-0", "checkpoint-4", "checkpoint-5"):
         weights = [(folder / name / "model.safetensors").read_bytes() for folder in (a, b)]
         assert weights[0] == weights[1]
@@ -1454,6 +1453,7 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
             wait_for(process, lambda f=folder, k=known: {*f.glob("c*-*")} - k)
         everyone = family_of(process)
         time.sleep(rng.uniform(0, 0.02 if i % 2 else 1))
+        print("kills", everyone, [path.name for path in folder.glob("*.tmp")])
         for pid in everyone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -1465,8 +1465,8 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
 
 @pytest.mark.slow
 def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_path):
-    folder, script = tmp_path / "run", [RUN_MULTI_GPU]
-    process = start_process(*RUN, "--output_dir", folder, script=script, NPROC="2")
+    folder = tmp_path / "run"
+    process = start_process(*RUN, "--output_dir", folder, script=RUN_MULTI_GPU, NPROC="2")
     wait_for(process, (folder / "checkpoint-2").exists)
     ranks = [pid for pid in family_of(process) if pid != process.pid]
     os.kill(ranks[-1], signal.SIGKILL)
@@ -1484,7 +1484,7 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
         port = str(s.getsockname()[1])
     machines = [
         start_process(
-            *RUN, "--output_dir", tmp_path / "run", script=[RUN_MULTI_GPU], NPROC="1", NNODES="2",
+            *RUN, "--output_dir", tmp_path / "run", script=RUN_MULTI_GPU, NPROC="1", NNODES="2",
             NODE_RANK=str(i), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         )
         for i in range(2)
