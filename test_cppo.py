@@ -44,7 +44,7 @@ from cppo import Completion, Config, Learner, Question, UserError
 ROOT = Path(__file__).parent
 F64 = torch.float64
 SCRIPT, RUN_MULTI_GPU = [str(ROOT / "cppo.py")], [str(ROOT / "run_multi_gpu.sh")]
-RIGHT = dict(vars(cppo))
+RIGHT = dict(vars(cppo))  # cppo.py's own, whatever a student's module replaces below
 if student := os.environ.get("CPPO_MODULE"):
     found = vars(importlib.import_module(student)).items()  # also what it has imported
     written = {name: x for name, x in found if getattr(x, "__module__", "") == student}
@@ -210,7 +210,7 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):
+    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):  # no token -
         questions = [Question(prompt, "2") for prompt in prompts]
         own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
         monkeypatch.setitem(cppo.TASKS, task, own)
@@ -248,7 +248,7 @@ def test_ranks_x_k_divide_the_batch_and_there_are_no_more_ranks_than_gpus(monkey
 
 
 # --- Sampling -------------------------------------------------------------------------------------
-PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
+PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose; 0 also pads
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "GPT2", "Qwen3Next", "Gemma3Text"])
@@ -256,7 +256,7 @@ PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose
 def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
     model = tiny(family)
     torch.manual_seed(0)
-    rows = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids)  # 0 also pads
+    rows = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids)
     assert [row.prompt_ids for row in rows] == [p for p in PROMPTS for _ in range(6)]
     assert len({len(row.token_ids) for row in rows}) > 2  # rows did finish early
     batch = cppo.make_batch(rows)
@@ -297,7 +297,7 @@ def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
     model = tiny("Qwen2")
     shapes, forward = [], model.forward
     model.forward = lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(**kw)
-    whole = []  # else bfloat16 on a CPU copies the last layer's weights for each prompt
+    whole = []  # is lm_head's input contiguous? with a strided one bfloat16 is slow on CPUs
     model.lm_head.register_forward_pre_hook(lambda _, x: whole.append(x[0].is_contiguous()))
     torch.manual_seed(0)
     cppo.sample_completions(model, PROMPTS, 8, 30, 1.0, [1, 2, 3, 4])
@@ -442,13 +442,13 @@ def fake_draw(rewards_of):
     return draw
 
 
-def test_refill_fills_the_batch_exactly_with_k_of_each_of_1_over_1_minus_P_times_the_questions():
+def test_refill_fills_the_batch_exactly_from_G_over_k_times_the_questions_that_grpo_asks():
     settings = config(group_size=4, pruning_rate=0.5, batch_size=8)
     draw = fake_draw(lambda i: [i / 10, 0, 0.2, 0.5])
     rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 8, settings)
     assert len(sampled) == 4 * 4 and rounds == 1, "at k = 2 it takes 4 questions to fill 8 slots"
     assert len(rows) == 8, "all the room is used"
-    assert [row.reward for row in rows].count(0.5) == 4, "of each question the kept ones stay"
+    assert [row.reward for row in rows].count(0.5) == 4, "each question's 0.5 is among its k"
     lesson = "A is over all G completions, before any is pruned, and stays with its completion"
     for i, row in enumerate(rows):
         group = [i // 2 / 10, 0, 0.2, 0.5]
@@ -467,11 +467,11 @@ def test_refill_leaves_fewer_than_k_rows_empty_rather_than_split_a_question():
 
 def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_at_most():
     settings = config(group_size=4, pruning_rate=0.5, gamma=1e-6)
-    draw = fake_draw(lambda i: [0, 0, 0, 3] if i % 2 else [1, 1, 1, 1])  # half of them are dead
+    draw = fake_draw(lambda i: [0, 0, 0, 3] if i % 2 and i != 7 else [1] * 4)  # else dead
     rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 8, settings)
-    lesson = "dead groups leave room: ask new questions for it, round after round"
+    lesson = "dead groups leave room: ask new questions for it, round after round, 4 in all"
     assert rounds == 4 and len(sampled) == (4 + 2 + 1 + 1) * 4, lesson
-    assert len(rows) == 8 and all(abs(row.advantage) > 0.4 for row in rows)
+    assert len(rows) == 6 and all(abs(row.advantage) > 0.4 for row in rows)  # 2 stay empty
 
 
 # --- Log-probabilities ----------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_update_of_unpruned_groups_equals_a_naive_grpo():
         c.log_probs = [x + 0.5 for x in c.log_probs]  # the loss does not ask the sampler for them
     rows, *_ = cppo.collect_batch(lambda _: completions, itertools.count(), 8, settings)
     ours, reference = copy.deepcopy(model), tiny("Llama")
-    means = cppo.update(learner_of(ours, reference=reference), rows, 8, settings)
+    row_sums = cppo.update(learner_of(ours, reference=reference), rows, 8, settings)
 
     naive, old = copy.deepcopy(model), copy.deepcopy(model)
     optimizer = torch.optim.SGD(naive.parameters(), lr=1.0)
@@ -591,8 +591,8 @@ def test_update_of_unpruned_groups_equals_a_naive_grpo():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         assert (a - start).abs().max() > 1e-3  # both have moved
     for name in sums:  # of 8 completions, as a mean over 2 iterations
-        assert means[name] == pytest.approx(sums[name] / 2, rel=1e-4), name
-    assert means["sampling_gap"] == pytest.approx(8 * 0.5, abs=1e-3)
+        assert row_sums[name] == pytest.approx(sums[name] / 2, rel=1e-4), name
+    assert row_sums["sampling_gap"] == pytest.approx(8 * 0.5, abs=1e-3)
 
 
 def test_the_readmes_group_worked_by_hand():
@@ -600,8 +600,8 @@ def test_the_readmes_group_worked_by_hand():
     mask = cppo.prune(advantages, config(group_size=4, pruning_rate=0.5).num_kept)
     assert mask.tolist() == [[True, False, True, False]]
     readme = (ROOT / "README.md").read_text()
-    for i, A in enumerate(advantages[0].tolist(), 1):
-        assert f"| $o_{i}$ | " in readme and f" | {A:.4f} | ".replace("0.0000", "0") in readme
+    for i, (r, A) in enumerate(zip((3, 1, 0, 0), advantages[0].tolist(), strict=True), 1):
+        assert f"| $o_{i}$ | {r} | {r - 1} | {A:.4f} |".replace("0.0000", "0") in readme
     A, rho = advantages[mask], torch.tensor([1.3, 0.7], dtype=F64)
     old = torch.full((2, 5), -0.7, dtype=F64)  # any log-probabilities, any length
     new, tokens = old + rho.log()[:, None], torch.ones(2, 5, dtype=torch.bool)
@@ -618,7 +618,7 @@ def test_a_steps_numbers_by_hand(monkeypatch):
     settings = config(group_size=4, pruning_rate=0.75)
     draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
     rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 2, settings)
-    means = Counter(loss=4.0, kl=1.0, clip_fraction=0.5, sampling_gap=0.25, grad_norm=3.0)
+    row_sums = Counter(loss=4.0, kl=1.0, clip_fraction=0.5, sampling_gap=0.25, grad_norm=3.0)
     counts = {"questions": 2, "sampled": 8, "kept": 2, "dead_groups": 1, "refill_rounds": 1,
               "sampled_tokens": 16, "trained_tokens": 4}  # fmt: skip
     # the lone 2: mean 1/2, std 1, |A| = 1.5, the rest 0.5; the group of equal rewards has A = 0
@@ -627,12 +627,12 @@ def test_a_steps_numbers_by_hand(monkeypatch):
         "abs_advantage_kept": pytest.approx(1.5 / 2, abs=1e-3), "loss": 4 / 2, "kl": 1 / 2,
         "clip_fraction": 0.5 / 2, "sampling_gap": 0.25 / 2, "grad_norm": 3, "entropy": 0.75,
     }  # fmt: skip
-    assert cppo.step_metrics(rows, sampled, rounds, means, settings) == counts | averages
+    assert cppo.step_metrics(rows, sampled, rounds, row_sums, settings) == counts | averages
     nothing = cppo.step_metrics([], sampled, 4, Counter(grad_norm=0.0), settings)
     assert nothing["loss"] is nothing["abs_advantage_kept"] is nothing["grad_norm"] is None
     monkeypatch.setattr(cppo, "over_ranks", lambda own: [own, own])
     twice = {name: 2 * count for name, count in counts.items()}
-    assert cppo.step_metrics(rows, sampled, rounds, means, settings) == twice | averages
+    assert cppo.step_metrics(rows, sampled, rounds, row_sums, settings) == twice | averages
 
 
 @pytest.fixture(scope="session")
@@ -650,7 +650,7 @@ def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(t
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_two_ranks_with_half_of_adamws_state_each_step_as_if_both_had_all_bit_for_bit(two_ranks):
+def test_two_ranks_that_hold_half_of_adamws_state_move_as_if_both_had_all_bit_for_bit(two_ranks):
     start = [*tiny("Llama").parameters()]
     size = 2 * sum(p.numel() for p in start)  # of AdamW's two moments
     for p, *moved in zip(start, *(w for rank in two_ranks for w in rank["weights"]), strict=True):
@@ -673,7 +673,7 @@ def worker(folder: str):
         for _ in range(2):
             cppo.update(learner, some_rows(12)[cppo.RANK :: 2], 12, config(**own))
         found["weights"].append([p.detach() for p in learner.model.parameters()])
-        state = getattr(learner.optimizer, "optim", learner.optimizer).state.values()
+        state = getattr(learner.optimizer, "optim", learner.optimizer).state.values()  # ZeRO's own
         found["held"].append(sum(x.numel() for s in state for x in s.values() if x.ndim))
     torch.save(found, Path(folder, f"{cppo.RANK}.pt"))
     os._exit(0)
@@ -699,10 +699,10 @@ def test_bfloat16_computes_nearly_the_float32_gradient_and_keeps_it_in_float32()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_leaves_the_sampler_the_policy_rounded_the_reference_as_it_was(dtype, monkeypatch):
+def test_a_step_copies_the_policy_rounded_to_the_sampler_not_to_the_reference(dtype, monkeypatch):
     model, start = tiny("Qwen2"), tiny("Qwen2")
-    run = cppo.Run(None, None, {}, model, None, [], [])
-    learner = cppo.make_learner(run, model, 8, config(dtype=str(dtype).removeprefix("torch.")))
+    new = cppo.Run(None, None, {}, model, None, [], [])
+    learner = cppo.make_learner(new, model, 8, config(dtype=str(dtype).removeprefix("torch.")))
     assert (learner.sampler is model) == (dtype == torch.float32)
     model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
     monkeypatch.setattr(cppo, "collect_batch", lambda *_: ([], [], 1))
@@ -712,7 +712,7 @@ def test_a_step_leaves_the_sampler_the_policy_rounded_the_reference_as_it_was(dt
         for a, b in zip(copied.parameters(), original.parameters(), strict=True):
             assert torch.equal(a, b.to(dtype)) and a.requires_grad == (copied is model)
         ours, theirs = (m.model.rotary_emb.inv_freq for m in (copied, original))
-        assert torch.equal(ours, theirs) and ours.dtype == torch.float32  # else far positions turn
+        assert torch.equal(ours, theirs) and ours.dtype == torch.float32  # rounded, RoPE is wrong
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -841,7 +841,7 @@ def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_
         assert model.generation_config.eos_token_id == want and not model.training
         assert all(model.state_dict()[name].equal(tensor) for name, tensor in weights.items())
         assert tokenizer.decode(tokenizer(FORM).input_ids) == FORM
-        model.save_pretrained(tmp_path / "saved")
+        model.save_pretrained(tmp_path / "saved")  # would refuse a temperature without sampling
 
 
 def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
@@ -860,7 +860,7 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
     for some, says in ((weights, lacks), (weights | inf, "are inf or nan")):
         safetensors.torch.save_file(some, file, {"format": "pt"})
         refused(says)
-    tiny("Qwen2").save_pretrained(folder)  # transformers splits text in Qwen2's own way
+    tiny("Qwen2").save_pretrained(folder)  # its config has the tokenizer read as Qwen2's class
     refused("its tokenizer does not give back '<think>1 2<")
     folder = save_tiny_model(tmp_path / "code")
     settings = json.loads((folder / "config.json").read_text())
@@ -965,24 +965,24 @@ def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeyp
     settings = config(output_dir=str(folder), **changes, **SHORT)
     cppo.train(settings)
     cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
-    assert len(asked) == 3 * 16
+    assert len(asked) == 3 * 16  # an untrained model earns 0: dead groups, so 4 rounds of 4
     del asked[2 * 16 :]
     cppo.train(settings)
     prompts = [question.prompt for question in asked]
     assert len(prompts) == 3 * 16 == len(set(prompts))
-    assert len(set(seeds)) == 3 and seeds[8:12] == seeds[12:]  # each step its own, again and again
+    assert len(set(seeds)) == 3 and seeds[8:12] == seeds[12:]  # step 3's 4 rounds, done twice
     assert [step["step"] for step in read_metrics(folder)] == [0, 1, 2, 3]
 
 
 def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_path, monkeypatch):
     real, calls = cppo.group_advantages, itertools.count(1)
-    huge = lambda r: real(r) + (1e30 if next(calls) == 2 else 0)  # noqa: E731  its norm is inf
+    huge = lambda r: real(r) + (1e30 if next(calls) == 2 else 0)  # noqa: E731  1e30**2 is inf
     monkeypatch.setattr(cppo, "group_advantages", huge)
     with pytest.raises(UserError, match="step 2: lower --learning_rate in a new run: the grad"):
         cppo.train(config(output_dir=str(tmp_path), steps=3, save_every=1, **SHORT))
     assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1]
     cppo.load_model_and_tokenizer(tmp_path / "checkpoint-1", "")
-    wild = dict(warm_start_steps=3, warm_start_learning_rate=1e15)  # its third gradient is nan
+    wild = dict(warm_start_steps=3, warm_start_learning_rate=1e15)  # rates 0 and 1e15, then nan
     with pytest.raises(UserError, match="lower --warm_start_learning_rate"):
         cppo.train(config(output_dir=str(tmp_path / "run"), **SHORT | wild))
 
@@ -1206,21 +1206,21 @@ def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
         close(got, [4 / most, 6 / most], "a sum over own tokens / max_tokens, the same for all")
 
 
-def test_dppo_weighs_what_it_keeps_so_that_the_mean_over_draws_is_the_unpruned_loss():
+def test_dppo_weighs_what_it_keeps_so_that_the_mean_over_draws_is_as_if_all_were_kept():
     choose = extension("dppo_weights")
     torch.manual_seed(0)
     A = torch.tensor([[2.0, -0.4, -0.5, -1.1], [1.0, -1.0, 0.5, -0.5]], dtype=F64)
     draws = choose(A.repeat(8000, 1), 2).view(8000, 2, 4)  # of each question 8,000
-    kept = (draws > 0).double()
-    share = kept.mean(0)
+    stays = (draws > 0).double()
+    share = stays.mean(0)
     assert ((draws == 0) | (draws >= 1)).all(), "0 for what is dropped, 1 / p_i for what is kept"
     order = share.gather(1, A.abs().argsort(dim=1))
     lesson = "p_i is larger where |A_i| is, of each question's own"
     assert (order[0].diff() > 0.02).all() and (order[1, 2:] > order[1, :2] + 0.02).all(), lesson
     assert (share.sum(1) - 2).abs().max() < 0.1, "about k of a question's G stay"
-    # Any term of the loss may stand here: at rho = 1 a completion's is -A.
+    # E[weight] = 1: then the mean of weight x loss is the unpruned loss, whatever the loss is.
     error = (draws.mean(0) - 1).abs() / draws.std(0).clamp(min=1e-3) * 8000**0.5
-    lesson = "divided by p_i, the mean over many draws is the unpruned gradient's loss"
+    lesson = "divided by p_i, every weight's mean over many draws is 1: no loss is biased"
     assert (error < 5).all() and (draws.mean(0) - 1).abs().max() < 0.1, lesson
 
 
@@ -1335,7 +1335,7 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert steps[-1]["epoch"] == 960 / 2560
     assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
     assert max(step["sampling_gap"] for step in steps) < 1e-4
-    for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "960 questions, 0.0"):
+    for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "cppo: 960 questions, "):
         assert line in printed
     assert json.loads((tmp_path / "run/config.json").read_text())["pruning_rate"] == 0.875
 
@@ -1348,7 +1348,7 @@ def test_a_model_folder_trains_on_a_file_and_is_evaluated(math_verify, tmp_path,
     tokenizer.backend_tokenizer.model.unk_token = "<pad>"  # it reads any text
     tokenizer.save_pretrained(model)
     rows = [{"problem": f"{i} + {i}", "solution": f"So \\boxed{{{2 * i}}}"} for i in range(10, 22)]
-    rows.append({"problem": 300 * "1", "solution": "#### 1"})
+    rows.append({"problem": 300 * "1", "solution": "#### 1"})  # over 800 with the system prompt
     file.write_text("\n".join(map(json.dumps, rows)))
     settings = dict(task="math", model=str(model), test_data=str(file), output_dir=str(folder),
                     dtype="bfloat16", max_completion_tokens=8)  # fmt: skip
