@@ -309,7 +309,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # An index, not the number 1: that takes a strided slice, slow in bfloat16 on CPUs.
+    # An index, as the number 1 would take a strided slice, which is slow in bfloat16 on CPUs.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -448,7 +448,7 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 def collect_batch(draw, stream, room, config):
     """Asks room / k questions, where GRPO asks room / G, and keeps k completions of each: the rows
     that this rank trains in a step. One round fills the `room`, a multiple of k. Only if gamma has
-    dropped k rows or more there are further ones, MAX_REFILL_ROUNDS in all. `draw(questions)` gives
+    dropped k rows or more are there further ones, MAX_REFILL_ROUNDS in all. `draw(questions)` gives
     Q G scored completions. Returns the kept ones, all sampled ones, and the number of rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
@@ -546,7 +546,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # In bfloat16 it starts above 0: the policy computes only its matrix products so.
+        # In bfloat16 it starts above 0: of the policy only the matrix products are bfloat16.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -779,8 +779,8 @@ def math_reward(text, answer):
         return 0.0
     with blame("--task math needs one more package: pip install math-verify", ImportError):
         from math_verify import parse, verify
-    right, own = (parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given))
-    return 2.0 if given == answer or verify(right, own) else 0.0
+    both = (parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given))  # only if they differ
+    return 2.0 if given == answer or verify(*both) else 0.0
 
 
 SYSTEM_PROMPT = (
@@ -1237,7 +1237,7 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # no broadcast of buffers, the rotary frequencies: they never change
+    if WORLD_SIZE > 1:  # buffers, the rotary frequencies, never change and need no broadcast
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
