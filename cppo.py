@@ -1,11 +1,11 @@
 """CPPO: train a reasoning model by reinforcement learning, with few of GRPO's forward passes.
 
 GRPO trains a language model, the policy, on its own attempts. It samples a group of G completions
-of each question and rewards each of them. The advantage A of a completion says how far its reward
-lies above or below the mean of its group. The loss makes the tokens of completions with A > 0
-likelier, of those with A < 0 less likely; the optimizer goes mu times over each batch. The loss
-compares the policy with two older states of itself: pi_old, which sampled the completions, and the
-reference pi_ref, where the training began, from which the policy should not stray far.
+of each question and rewards each of them. The advantage A of a completion says by how many standard
+deviations its reward lies above or below the mean of its group. The loss makes the tokens of
+completions with A > 0 likelier, of those with A < 0 less likely; the optimizer goes mu times over
+each batch. The loss compares the policy with two older states of itself: pi_old, which sampled the
+completions, and the reference pi_ref, where the training began, from which it should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
 completions of each question with the largest |A|. While the policy still is pi_old, a completion's
@@ -16,9 +16,9 @@ before any pass of the training. All G are still sampled; what is saved comes af
     GRPO                     G          G            G mu
     CPPO                     G          k            k mu
 
-The saving is per question. A training step, whose batch is N completions, costs no less than
-GRPO's: the room that pruning frees goes to further questions, N / k of them where GRPO asks N / G.
-That is the refill. So the same questions need only k / G as many steps.
+The saving is per question. A training step costs no less than GRPO's, as it trains as many
+completions, N: the room that pruning frees goes to further questions, N / k of them where GRPO asks
+N / G. That is the refill. So the same questions need only k / G as many steps.
 
     python cppo.py                          additions, without a GPU, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
@@ -31,14 +31,15 @@ One step, in the order of this file:
 The equations, each again beside its line; pi_theta is the policy, o_i a completion of question q:
 
     (1)  A_i  = (r_i - mean(r)) / (std(r) + 1e-4), over the G completions of one question
-    (2)  I    = the k = floor(G (1 - P)) indices with the largest |A_i| of that question
+    (2)  kept = the k = floor(G (1 - P)) of that question's completions with the largest |A_i|
     (3)  rho  = pi_theta(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
     (4)  KL_t = pi_ref / pi_theta - log(pi_ref / pi_theta) - 1
     (5)  loss = -1/N sum_{i kept} 1/|o_i| sum_t { min[rho A_i, clip(rho, 1-eps, 1+eps) A_i]
                                                   - beta KL_t }
 
-P is the pruning rate. From the second of the mu iterations on, pi_old is no longer the policy: rho
-makes up for that, and once a token has moved by eps in the direction of A, the clip ends its pull.
+P is the pruning rate, beta the weight of the KL term. From the second of the mu iterations on, the
+policy is no longer pi_old: the ratio rho reweights its samples accordingly, and once a token has
+moved by eps in the direction of A, the clip ends its pull.
 KL_t estimates KL(pi_theta || pi_ref) from the one sampled token, and is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
@@ -93,10 +94,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints and writes
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-MAX_REFILL_ROUNDS = 4  # in a step, the first included; further ones only if --gamma drops rows
-MAX_PROMPTS = 256  # read at once: a forward pass over more could outgrow a GPU
+MAX_REFILL_ROUNDS = 4  # of sampling, to fill a batch; more than one only if --gamma drops rows
+MAX_PROMPTS = 256  # read at once: more, as in an evaluation, could outgrow a GPU
 WARM_START_BATCH = 32  # demonstrations a step, on all ranks
 UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
@@ -111,13 +112,16 @@ def blame(what, kind=Exception):
     """Turns an error in its block into a UserError: `what` to change, and the error's message."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # main says what to do about it
     except kind as error:
         raise UserError(f"{what}: {str(error) or repr(error)}") from error
 
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
 def flag(default, text, interval=None):
-    """A field of Config, which HfArgumentParser makes a flag. A number must lie in the interval."""
+    """A field of Config, which HfArgumentParser makes a flag. A number must lie in the interval,
+    which --help shows."""
     return field(default=default, metadata={"help": text, "metavar": interval})
 
 
@@ -182,8 +186,8 @@ class Config:
 
         given_batch_size = self.batch_size
         dtype, size = ("bfloat16", 4096) if cuda else ("float32", 1024)
-        own = {"output_dir": f"runs/{self.task}", "dtype": dtype, "tokens_per_microbatch": size}
-        for name, value in (own | TASKS[self.task].defaults).items():
+        common = {"output_dir": f"runs/{self.task}", "dtype": dtype, "tokens_per_microbatch": size}
+        for name, value in (RECIPE | common | TASKS[self.task].defaults).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
@@ -233,12 +237,12 @@ class Completion:
 
     prompt_ids: list[int]  # L tokens
     token_ids: list[int]  # |o_i| tokens, the last one EOS unless truncated
-    log_probs: list[float] = field(default_factory=list)  # |o_i| of them, the sampler's own
+    log_probs: list[float] = field(default_factory=list)  # |o_i| of them, as sampled: for metrics
     truncated: bool = False
     text: str = ""  # what is scored, against the answer
     answer: str = ""
     format_reward: float = 0.0  # 0 or 1
-    accuracy_reward: float = 0.0  # 0 to 2; from 1.5 on the answer is right
+    accuracy_reward: float = 0.0  # the task's answer_reward, 0 to 2; right from 1.5 on
     advantage: float = 0.0  # A_i, once its group is known
 
     @property
@@ -267,14 +271,13 @@ def sample_tokens(logits, temperature, top_p=1.0):
     # Inverse CDF: one random number a row, not torch.multinomial's V; float64, as roundings add up.
     cdf = probs.cumsum(-1, dtype=torch.float64)  # (R, V); the last column is 1 but for rounding
     threshold = torch.rand_like(cdf[:, :1]) * cdf[:, -1:]  # (R, 1)
-    tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1); right: none of probability 0
-    tokens = tokens.clamp(max=cdf.shape[1] - 1)  # a guard: if logits are inf, the cdf is nan
+    tokens = torch.searchsorted(cdf, threshold, right=True)  # (R, 1); right: skips probability 0
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
 class RoomyLayer(DynamicLayer):
-    """A full-attention layer of the key-value cache, with spare columns: a new token is written
-    into the next one, where the base class would copy all that came before, at every token."""
+    """The keys and values of past tokens in a layer of full attention, with spare columns: a new
+    token is written into the next one, where the base class would copy all of them every time."""
 
     length = 0  # columns in use
 
@@ -309,7 +312,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(x) is DynamicLayer else x for x in cache.layers]
 
-    # An index, as the number 1 would take a strided slice, which is slow in bfloat16 on CPUs.
+    # An index, as logits_to_keep=1 would be a strided slice, which is slow in bfloat16 on CPUs.
     last = torch.tensor([-1], device=device)
     # A completion counts as truncated until its EOS comes.
     completions = [Completion(p, [], truncated=True) for p in prompts for _ in range(group_size)]
@@ -351,9 +354,10 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-# -$1,234.50, $-5 or 50%. No + or * stands inside another: linear time on any text.
-NUMBER = re.compile(
-    r"((?:[+-]?\$?|\$[+-])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+))%?\.?"
+NUMBER = re.compile(  # no + or * stands inside another: linear time on any text
+    r"((?:[+-]?\$?|\$[+-])"  # -$ or $-
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+))"  # 1,234.50 or 1234. or .5
+    r"%?\.?"
 )
 
 
@@ -391,10 +395,10 @@ def accuracy_reward(text, answer):
 
 
 def task_reward(text, answer, task):
-    """The task's own reward, which must be a finite number; raises UserError."""
+    """The task's answer_reward, which must be a finite number; raises UserError."""
     value = TASKS[task].answer_reward(text, answer)
     with blame(f"--task {task}: its reward is {value!r} for the answer {answer!r}"):
-        if not math.isfinite(value):
+        if not math.isfinite(value):  # which raises too, if it is no number
             raise ValueError("not a finite number")
         return float(value)
 
@@ -446,10 +450,10 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
 def collect_batch(draw, stream, room, config):
-    """Asks room / k questions, where GRPO asks room / G, and keeps k completions of each: the rows
-    that this rank trains in a step. One round fills the `room`, a multiple of k. Only if gamma has
-    dropped k rows or more are there further ones, MAX_REFILL_ROUNDS in all. `draw(questions)` gives
-    Q G scored completions. Returns the kept ones, all sampled ones, and the number of rounds."""
+    """Fills the `room`, the rows that this rank trains in a step, a multiple of k. Asks room / k
+    questions, where GRPO asks room / G, and keeps k completions of each. One round is enough; only
+    if gamma has dropped k rows or more are there others, MAX_REFILL_ROUNDS in all. draw(questions)
+    gives Q G scored completions. Returns the kept ones, all sampled ones, and how many rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -483,7 +487,7 @@ class Batch:
     predicts: torch.Tensor  # (B, T) bool: the next token is one of the completion's
     mask: torch.Tensor  # (B, C) bool: the completion's own tokens, EOS included
     advantages: torch.Tensor  # (B,)
-    sampled_log_probs: torch.Tensor  # (B, C) the sampler's, 0 in padding: only for a check
+    sampled_log_probs: torch.Tensor  # (B, C) as sampled, 0 in padding: only for sampling_gap
     old_log_probs: torch.Tensor | None = None  # (B, C) pi_old, from the first of the mu iterations
     ref_log_probs: torch.Tensor | None = None  # (B, C) pi_ref, if there is one
 
@@ -507,7 +511,7 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
 
 def pack(rows: list[Completion], tokens_per_microbatch):
     """Splits rows into micro-batches of at most so many tokens, padding included; longest first."""
-    packs: list[list[Completion]] = []
+    packs = []
     room = 0  # rows that the last pack may still take
     for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):  # so little is padding
         if room < 1:
@@ -520,8 +524,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so only the logits that predict a completion's token are computed: transformers 5
-    # takes column numbers here, or a (B, T) mask, for lm_head(hidden[mask]), M = sum_i |o_i| rows.
+    # V is large, so only the logits that predict a completion's token are computed: with a (B, T)
+    # mask as logits_to_keep, transformers 5 gives lm_head(hidden[mask]), of M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -546,7 +550,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # In bfloat16 it starts above 0: of the policy only the matrix products are bfloat16.
+        # In bfloat16 it is above 0 from the start: pi_ref's weights are rounded, the policy's not.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -596,7 +600,7 @@ def accumulate_gradient(learner, batches, N, config):
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
-    if N and not batches:  # only other ranks have rows; they wait for this one's gradients: zeros
+    if N and not batches:  # gamma left rows to others alone, who wait for this rank's gradients: 0
         token = torch.tensor([[0]], device=learner.model.device)
         (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
@@ -604,7 +608,7 @@ def accumulate_gradient(learner, batches, N, config):
 
 def optimizer_step(learner, N, config):
     """Moves the weights along the gradient, and clears it. Returns the gradient's norm. Raises
-    FloatingPointError, on all ranks, before a gradient of inf or nan reaches the weights."""
+    FloatingPointError before inf or nan reaches the weights: on all ranks, as they share it."""
     parameters = learner.policy.parameters()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
@@ -612,7 +616,7 @@ def optimizer_step(learner, N, config):
     if N > 0:  # a step without rows would still move the weights, by AdamW's momentum
         learner.optimizer.step()
     learner.scheduler.step()
-    # With DDP zeros, not None: gradients live in its buckets, and None would allocate them anew.
+    # With DDP zeros, not None: gradients are views of its buckets, and would be allocated anew.
     learner.optimizer.zero_grad(set_to_none=WORLD_SIZE == 1)
     return norm
 
@@ -642,8 +646,10 @@ def cppo_step(learner, tokenizer, stream, config):
     step's metrics, and all completions that this rank has sampled."""
     start = time.perf_counter()
     room = config.batch_size // WORLD_SIZE
-    how = {"group_size": config.group_size, "temperature": config.temperature}
-    draw = partial(rollout, learner.sampler, tokenizer, config=config, **how)
+    draw = partial(
+        rollout, learner.sampler, tokenizer, config=config,
+        group_size=config.group_size, temperature=config.temperature,
+    )  # fmt: skip
     kept, sampled, rounds = collect_batch(draw, stream, room, config)
     # N is what all ranks have kept, less than --batch_size only if gamma dropped some. They wait
     # here for the slowest, before the clock of training starts.
@@ -667,7 +673,7 @@ class Task:
 
     questions: Callable  # (--train_data, "train") or (--test_data, "test") -> list of Question
     answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right from 1.5 on
-    defaults: dict  # of the flags without one: batch_size, learning_rate and so on, as in TASKS
+    defaults: dict  # of flags without one: steps, learning_rate and so on; for the rest RECIPE
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
@@ -708,7 +714,7 @@ def load_table(source, split):
     if kind in (".json", ".jsonl", ".csv"):
         # Not by datasets, which guesses each column's type: 3 may become 3.0, or NA nothing.
         text = Path(source).read_text("utf-8-sig")
-        if kind == ".csv":  # a row's surplus cells become its answer, as a list, which is refused
+        if kind == ".csv":  # too many cells: `answer` is then a list, which cell_text refuses
             return csv.DictReader(io.StringIO(text), restkey="answer", strict=True)
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -717,10 +723,8 @@ def load_table(source, split):
     import datasets  # here only: a second that the arithmetic task need not wait
 
     datasets.disable_progress_bars()
-    if kind == ".parquet":
-        # A path that exists is no pattern, whatever brackets are in it.
-        file = glob.escape(source) if Path(source).exists() else source
-        return datasets.load_dataset("parquet", data_files=file, split="train")
+    if kind == ".parquet":  # whatever brackets are in its name, it is no pattern
+        return datasets.load_dataset("parquet", data_files=glob.escape(source), split="train")
     if Path(source).is_file():
         raise ValueError("it is another kind of file")
     return datasets.load_dataset(*source.split(":"), split=split)
@@ -737,12 +741,12 @@ def table_questions(system, form, source, split):
                 for name in ("question", "problem", "answer", "solution")
             )
             text = question or problem
-            # "steps #### 72" as in GSM8K; or "steps \boxed{72}" as in MATH; or the answer alone.
             whole = solution or answer
-            think, marks, final = whole.rpartition("####")  # without marks, final is all of it
-            if not marks and (solution or boxed(whole)):  # not the answer alone: all of it is steps
+            think, marks, final = whole.rpartition("####")  # GSM8K: "steps #### 72"
+            if not marks and (solution or boxed(whole)):  # MATH: "steps \boxed{72}"
                 think, final = whole, boxed(whole) or ""
-            if not (solution and answer):  # with both columns, `answer` stays as it is
+            # In the third case it is the answer alone: `think` is empty, and `final` is all of it.
+            if not (solution and answer):  # MATH-500 has both: its answer stays as it is
                 answer = final.strip()
             if not (text and answer):
                 raise ValueError(f"row {i} lacks a question or problem, or an answer or solution")
@@ -779,8 +783,9 @@ def math_reward(text, answer):
         return 0.0
     with blame("--task math needs one more package: pip install math-verify", ImportError):
         from math_verify import parse, verify
-    both = (parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given))  # only if they differ
-    return 2.0 if given == answer or verify(*both) else 0.0
+    if given == answer:
+        return 2.0
+    return 2.0 * verify(*(parse(f"$\\boxed{{{latex}}}$") for latex in (answer, given)))
 
 
 SYSTEM_PROMPT = (
@@ -795,8 +800,9 @@ BOX_IT = (
     f"And the answer should be of the following format: '{BOX.format('ANSWER')}' (without quotes) "
     "where ANSWER is just the final number or expression that solves the problem. "
 )
-PAPERS_RECIPE = {
-    "model": "Qwen/Qwen2.5-1.5B-Instruct", "batch_size": 128, "learning_rate": 1e-6,
+PAPERS_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
+RECIPE = {  # the paper's, but for the warm start; for all that a task leaves open
+    "batch_size": 128, "learning_rate": 1e-6,
     "max_prompt_tokens": 512, "max_completion_tokens": 1024,
     "warm_start_steps": 0, "warm_start_learning_rate": 1e-5,
 }  # fmt: skip
@@ -807,11 +813,11 @@ TASKS = {
         "warm_start_steps": 350, "warm_start_learning_rate": 3e-3,
     }),
     "gsm8k": Task(partial(table_questions, SYSTEM_PROMPT.format(""), "{}"), accuracy_reward, {
-        "train_data": "openai/gsm8k:main", "test_data": "openai/gsm8k:main", **PAPERS_RECIPE,
+        "model": PAPERS_MODEL, "train_data": "openai/gsm8k:main", "test_data": "openai/gsm8k:main",
     }),
     "math": Task(partial(table_questions, SYSTEM_PROMPT.format(BOX_IT), BOX), math_reward, {
-        "train_data": "DigitalLearningGmbH/MATH-lighteval",
-        "test_data": "HuggingFaceH4/MATH-500", **PAPERS_RECIPE,
+        "model": PAPERS_MODEL, "train_data": "DigitalLearningGmbH/MATH-lighteval",
+        "test_data": "HuggingFaceH4/MATH-500",
     }),
 }  # fmt: skip
 
@@ -844,8 +850,7 @@ def encode_questions(questions: list[Question], tokenizer):
         question.prompt_ids = tokenizer(text, add_special_tokens=not has_template).input_ids
 
         # Some templates begin the answer themselves, with "<think>" and a line break.
-        _, tag, space = text.rpartition("<think>")
-        question.opening = tag + space if not space.strip() else ""  # no tag: space is the text
+        question.opening = re.search(r"(<think>\s*)?\Z", text)[0]  # "" where there is none
         taught = question.demonstration.removeprefix(question.opening.strip())
         ids = tokenizer(taught, add_special_tokens=False).input_ids
         question.demonstration_ids = [*ids, tokenizer.eos_token_id]
@@ -865,8 +870,9 @@ def tiny_model_and_tokenizer():
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # no spaces between tokens
-    special = {"pad_token": "<pad>", "eos_token": "<eos>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
     shape = transformers.LlamaConfig(
         vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, pad_token_id=0,
@@ -936,23 +942,25 @@ def check_sampler(model, prompt_ids: list[int], config):
 def copy_for(model, dtype):
     """A frozen copy in the dtype of compute, to sample from or as the reference."""
     frozen = copy.deepcopy(model).requires_grad_(False)
-    for parameter in frozen.parameters():  # not .to(): rotary frequencies must stay float32
+    for parameter in frozen.parameters():  # not .to(): the positions' frequencies stay float32
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return frozen
 
 
-def make_optimizer(policy, learning_rate, num_updates, config):
+def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
-    from 0, so that the first optimizer step moves nothing, and back to 0 after the last."""
+    from 0 (the first optimizer step moves nothing), and back to 0 after the last of num_updates, of
+    which some may be done. The AdamW in a ZeroRedundancyOptimizer is its `optim`."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
 
         kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
-    # A resumed ZeroRedundancyOptimizer counts steps on the CPU, which a GPU's fused AdamW refuses.
-    optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=WORLD_SIZE == 1)
+    optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     warmup = math.ceil(num_updates * config.warmup_ratio)
-    return optimizer, transformers.get_scheduler("cosine", optimizer, warmup, num_updates)
+    optimizer.param_groups[0]["initial_lr"] = learning_rate  # where a schedule that goes on looks
+    schedule = transformers.get_cosine_schedule_with_warmup
+    return optimizer, schedule(optimizer, warmup, num_updates, last_epoch=done - 1)
 
 
 # --- Ranks: torchrun's environment; one process is the plain case ---------------------------------
@@ -1043,7 +1051,7 @@ def step_metrics(kept, sampled, rounds, row_sums, config):
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
     }  # fmt: skip
-    sums = {  # by the count that divides them
+    sums = {  # over rows; the outer key is the count that divides them
         "sampled": {
             "reward": sum(c.reward for c in sampled),
             "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
@@ -1060,8 +1068,8 @@ def step_metrics(kept, sampled, rounds, row_sums, config):
     }
     everyone = over_ranks((counts, sums))
     metrics = {name: sum(each[name] for each, _ in everyone) for name in counts}
-    for count, own in sums.items():
-        for name in own:
+    for count, names in sums.items():
+        for name in names:
             total = sum(each[count][name] for _, each in everyone)
             metrics[name] = total / metrics[count] if metrics[count] else None
     metrics["grad_norm"] = row_sums["grad_norm"] if metrics["kept"] else None
@@ -1086,24 +1094,23 @@ def find_checkpoints(folder):
 def save_checkpoint(folder, learner, tokenizer, state):
     """Writes checkpoint-STEP, and deletes others but the one before it and checkpoint-0, pi_ref.
     Whatever happens meanwhile, a crash or a full disk, those stay whole. Raises UserError."""
-    if WORLD_SIZE > 1:
-        learner.optimizer.consolidate_state_dict()  # the first rank gets all of AdamW's moments
-    if RANK > 0:
-        return
-    state = state | {
-        "metrics": (folder / "metrics.jsonl").read_text(),  # all that is logged up to this step
-        "optimizer": learner.optimizer.state_dict(),
-        "scheduler": learner.scheduler.state_dict(),
-    }
     path = folder / f"checkpoint-{state['step']}"
     unfinished = path.with_suffix(".tmp")
     # All between checkpoint-0 and the last go before the new one comes: they are large.
     for old in find_checkpoints(folder)[1:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)  # perhaps another rank was faster
     with blame(f"{path} cannot be written, the one before it stays"):
+        unfinished.mkdir(exist_ok=True)
+        # Each rank writes its own share: ZeRO gathers them number by number, which takes minutes.
+        moments = getattr(learner.optimizer, "optim", learner.optimizer).state_dict()
+        torch.save(moments, unfinished / f"optimizer-{RANK}.pt")
+        over_ranks(None)  # from here on all have written theirs
+        if RANK > 0:
+            return
+        logged = (folder / "metrics.jsonl").read_text()  # all of it, up to this step
+        torch.save(state | {"metrics": logged}, unfinished / "trainer_state.pt")
         learner.model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        torch.save(state, unfinished / "trainer_state.pt")
         for file in filter(Path.is_file, unfinished.rglob("*")):  # on the disk: power may fail
             with open(file, "rb+") as opened:
                 os.fsync(opened.fileno())
@@ -1119,11 +1126,10 @@ def load_state(config):
         return None, {"step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
     with blame(UNREADABLE.format(path)):
-        # mmap: else each of 8 ranks would read all of AdamW's moments into memory
-        state = torch.load(path, "cpu", weights_only=True, mmap=True)
+        state = torch.load(path, "cpu", weights_only=True)
         before = state["config"]
     may_change = {"output_dir", "resume", "save_every", "eval_every"}
-    may_change |= {"tokens_per_microbatch", "sample_batch"}  # these move roundings and draws
+    may_change |= {"tokens_per_microbatch", "sample_batch"}  # lowered when memory was too small
     for name, now in settings.items():
         if name not in may_change and before.get(name) != now:
             raise UserError(f"--resume: {name} was {before.get(name)} in that run and is now {now}")
@@ -1131,7 +1137,7 @@ def load_state(config):
 
 
 @contextlib.contextmanager
-def only_run_in(folder, checkpoint: Path | None, metrics, config):
+def hold_folder(folder, checkpoint: Path | None, metrics, config):
     """Cuts the folder's metrics back to the checkpoint's, as later steps are done again, and keeps
     other processes out while its block runs. Raises UserError."""
     if RANK > 0:
@@ -1171,7 +1177,8 @@ def set_up(config):
     loaded, test_questions = load_questions(config)
     texts = repr([(q.prompt, q.answer) for q in loaded + test_questions])
     questions_hash = hashlib.sha256(texts.encode()).hexdigest()
-    if state.setdefault("questions_hash", questions_hash) != questions_hash:  # a new run stores it
+    before = state.setdefault("questions_hash", questions_hash)  # a new run has none yet
+    if before != questions_hash:
         raise UserError("--resume: the questions are not those that the run began with")
 
     torch.manual_seed(config.seed)  # of the tiny model's weights
@@ -1206,11 +1213,13 @@ def make_learner(run, policy, num_updates, config):
             initial, _ = load_model_and_tokenizer(start, what)
         reference = copy_for(initial, config.dtype).to(model.device)
 
-    optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config)
+    done = run.state["step"] * config.num_iterations
+    optimizer, scheduler = make_optimizer(policy, config.learning_rate, num_updates, config, done)
     if run.checkpoint:
-        with blame(UNREADABLE.format(run.checkpoint / "trainer_state.pt")):
-            optimizer.load_state_dict(run.state.pop("optimizer"))
-            scheduler.load_state_dict(run.state.pop("scheduler"))
+        path = run.checkpoint / f"optimizer-{RANK}.pt"
+        with blame(UNREADABLE.format(path)):
+            moments = torch.load(path, "cpu", weights_only=True)
+            getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     return Learner(model, policy, sampler, reference, optimizer, scheduler)
 
 
@@ -1230,22 +1239,24 @@ def train(config):
     run = set_up(config)
     model, tokenizer, questions, state = run.model, run.tokenizer, run.questions, run.state
     if config.eval_only:
-        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)
+        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)  # rounded
         return
 
     per_step = config.batch_size // config.num_kept  # questions, unless gamma makes room for more
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # buffers, the rotary frequencies, never change and need no broadcast
+    if WORLD_SIZE > 1:  # buffers, the positions' frequencies, never change and need no broadcast
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    with only_run_in(run.folder, run.checkpoint, state.pop("metrics"), config):
+    with hold_folder(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
         say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
         stream = question_stream(questions, config.seed)
         if not run.checkpoint:
             append_metrics(run.folder, warm_start(model, policy, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
+        if WORLD_SIZE > 1:  # DDP holds gradients twice until a first exchange, here of zeros
+            accumulate_gradient(learner, [], 1, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
 
@@ -1284,8 +1295,9 @@ def main():
         # time of a model of 135M parameters.
         for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
-    options = {"usage": argparse.SUPPRESS, "description": __doc__.split("\n")[0]}  # one-line errors
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
+    parser = transformers.HfArgumentParser(  # without usage an error is one line
+        Config, allow_abbrev=False, usage=argparse.SUPPRESS, description=__doc__.split("\n")[0]
+    )
     status, message = 2, None
     try:
         train(Config(**vars(parser.parse_args())))

@@ -1,7 +1,7 @@
 """What is true of cppo.py, one test a sentence, in the order of the file.
 
 Begin with the_readmes_group_worked_by_hand, update_of_unpruned_groups_equals_a_naive_grpo,
-the_ratio_is_1_before_any_update, on_two_ranks_with_unequal_rows and killed_at_random_moments.
+probabilities_are_those_of_training, on_two_ranks_with_unequal_rows and killed_at_random_moments.
 
 pytest -m "not slow"                    without the runs of whole training jobs
 CPPO_MODULE=mine pytest -k pruning      an exercise: mine.py stands in for parts of cppo.py
@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from unittest import mock
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's, on any machine
 import datasets
@@ -59,17 +60,17 @@ EXERCISES = {
     "dr_grpo_advantages": "dr_grpo", "dr_grpo_token_mean": "dr_grpo", "dppo_weights": "dppo",
 }  # fmt: skip
 if student and not {*EXERCISES} & {*written}:
-    raise ImportError(f"{student}.py has no function of {', '.join(EXERCISES)}")
+    raise ImportError(f"{student}.py has none of the functions {', '.join(EXERCISES)}")
 
 
 # --- Helpers --------------------------------------------------------------------------------------
 def grades(*words: str):
     """Has -k find a test by these words too: pytest also looks at the attributes of a function."""
-    return lambda test: vars(test).update(dict.fromkeys(words, True)) or test
+    return lambda test: vars(test).update(dict.fromkeys(words, True)) or test  # update gives None
 
 
 def tiny(family: str, vocabulary: int = 20):
-    """A small random model of an architecture, with weights large enough to have opinions."""
+    """A small model of an architecture, its weights random, large, and the same at each call."""
     torch.manual_seed(7)
     size = dict(vocab_size=vocabulary, initializer_range=0.2, bos_token_id=None, eos_token_id=1)
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -107,8 +108,7 @@ def config(**changes) -> Config:
 
 
 def learner_of(model, make=None, reference=None, ddp=False) -> Learner:
-    """With a rate that stays the same. `make` gives the optimizer of a policy: by default one whose
-    step is minus the gradient."""
+    """A learner of constant rate; make(policy) gives its optimizer, by default SGD of rate 1."""
     policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
     optimizer = make(policy) if make else torch.optim.SGD(policy.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -134,6 +134,13 @@ def close(got: torch.Tensor, want, lesson: str):
     assert torch.allclose(got, want, atol=1e-6), f"{lesson}: {want.tolist()}, not {got.tolist()}"
 
 
+def right_form(answer) -> str:
+    return f"<think>1 2</think>\n<answer>{answer}</answer>"
+
+
+FORM = right_form("3")
+
+
 def save_tiny_model(folder: Path):
     for part in cppo.tiny_model_and_tokenizer():
         part.save_pretrained(folder)
@@ -143,7 +150,7 @@ def save_tiny_model(folder: Path):
 def run(*arguments, status: int = 0, **how) -> str:
     """What a real process prints, which must end with this exit status."""
     process = start_process(*arguments, **how)
-    out, err = process.communicate(timeout=150)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == status, out + err
     return out
 
@@ -184,7 +191,7 @@ def test_k_is_floor_of_G_times_1_minus_P_and_at_least_1():
 
 @pytest.mark.parametrize(
     ("flags", "names"),
-    [
+    [  # first, of every flag with an interval, a number just below it: 0 for "[1, inf)"
         *[([f"--{f.name}", str(int(float(f.metadata["metavar"][1:].split(",")[0])) - 1)],
            f"--{f.name} must be in") for f in fields(Config) if f.metadata.get("metavar")],
         (["--pruning_rate", "1"], "--pruning_rate"), (["--pruning_rate", "nan"], "--pruning_rate"),
@@ -210,9 +217,9 @@ def test_a_users_mistake_is_one_line_and_exit_2(flags, names, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):  # no token -
+    for task, prompts in (("bare", ["1+1="]), ("empty", []), ("minus", ["1-1="])):  # - is no token
         questions = [Question(prompt, "2") for prompt in prompts]
-        own = replace(cppo.TASKS["arithmetic"], questions=lambda *_, some=questions: some)
+        own = cppo.Task(lambda *_, q=questions: q, cppo.accuracy_reward, {"warm_start_steps": 1})
         monkeypatch.setitem(cppo.TASKS, task, own)
     before = sorted(tmp_path.rglob("*"))
     status, error = command_line(monkeypatch, capsys, "--output_dir", "out", *flags)
@@ -229,9 +236,11 @@ def test_no_memory_no_disk_and_ctrl_c_are_one_line_and_a_bug_a_traceback(monkeyp
         (KeyboardInterrupt(), 130, "--resume goes on from a run's last checkpoint"),
         (AttributeError("a bug"), 1, "Traceback"),
     ):
-        monkeypatch.setattr(cppo, "train", lambda _, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(cppo, "train", mock.Mock(side_effect=error))
         code, printed = command_line(monkeypatch, capsys)
-        assert code == status and says in printed and (printed.count("\n") == 1) == (status > 1)
+        assert code == status and says in printed and (status == 1 or printed.count("\n") == 1)
+    with pytest.raises(torch.OutOfMemoryError), cppo.blame("what is not to blame"):
+        raise torch.OutOfMemoryError
 
 
 def test_ranks_x_k_divide_the_batch_and_there_are_no_more_ranks_than_gpus(monkeypatch):
@@ -253,7 +262,7 @@ PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose; 0 
 
 @pytest.mark.parametrize("family", ["Qwen2", "GPT2", "Qwen3Next", "Gemma3Text"])
 @pytest.mark.parametrize(("temperature", "eos_ids"), [(1.0, [1, 2, 5]), (0.7, [0, 6, 7])])
-def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
+def test_the_samplers_probabilities_are_those_of_training(family, temperature, eos_ids):
     model = tiny(family)
     torch.manual_seed(0)
     rows = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids)
@@ -268,7 +277,7 @@ def test_the_ratio_is_1_before_any_update(family, temperature, eos_ids):
         *before, last = row.token_ids
         assert row.truncated == (last not in eos_ids) and not {*before} & {*eos_ids}
         alone = naive_log_probs(model, row, temperature)
-        # both agree with a forward pass of the row alone
+        # So do those of a forward pass of the row alone, without padding.
         torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
 
 
@@ -290,10 +299,10 @@ def test_completions_come_question_major_scored_by_their_own_question_in_any_chu
         completions = cppo.rollout(model, tokenizer, questions, settings, 3, 0.7, 0.9)
         assert [c.answer for c in completions] == [q.answer for q in questions for _ in range(3)]
         assert [(c.reward, c.truncated) for c in completions] == [(3, 0), (2, 0), (0, 1)] * 4
-    assert calls == [(n, 32, 0.7, [1], 0.9) for n in (12, 6, 6, 3, 3, 3, 3)]
+    assert calls == [(n, 32, 0.7, [1], 0.9) for n in (12, 6, 6, 3, 3, 3, 3)]  # rows, max_tokens...
 
 
-def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
+def test_a_prompt_is_read_once_ended_rows_leave_and_lm_head_reads_whole_tensors():
     model = tiny("Qwen2")
     shapes, forward = [], model.forward
     model.forward = lambda **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(**kw)
@@ -307,7 +316,7 @@ def test_a_prompt_is_read_once_for_its_G_completions_and_ended_rows_leave():
     assert live == sorted(live, reverse=True)
     shapes.clear()
     cppo.sample_completions(model, PROMPTS, 8, 3, 1.0, [99])
-    assert len(shapes) == 3  # a forward pass a token, and none behind the last
+    assert len(shapes) == 3  # a forward pass a token, and none after the last
 
 
 def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperature_0_from_one():
@@ -316,7 +325,7 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
     with pytest.raises(FloatingPointError, match="the model's logits are nan"):
         cppo.sample_tokens(torch.stack([logits, logits * math.nan]), 0.0)
     for top_p, likely in ((0.35, [1]), (0.65, [1, 3]), (0.8, [1, 2, 3])):
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # below, / 2 and the temperature 0.5 cancel
         tokens, log_probs = cppo.sample_tokens(logits.expand(4000, -1) / 2, 0.5, top_p)
         assert sorted(set(tokens.tolist())) == likely
         total = logits[likely].exp().sum()
@@ -326,13 +335,6 @@ def test_top_p_draws_from_the_fewest_likeliest_tokens_that_reach_it_and_temperat
 
 
 # --- Rewards --------------------------------------------------------------------------------------
-def right_form(answer) -> str:
-    return f"<think>1 2</think>\n<answer>{answer}</answer>"
-
-
-FORM = right_form("3")
-
-
 def test_answers_are_what_the_last_pair_of_tags_holds():
     two = "<answer>1</answer> no, wait: <answer>2</answer>"
     assert cppo.extract_answer(two) == "2", "the last answer counts, and nothing before it"
@@ -346,7 +348,7 @@ def test_answers_are_what_the_last_pair_of_tags_holds():
 
 
 REWARDS = [  # completion, right answer, format reward, accuracy reward
-    # the form
+    # the form; { stands for <think>hm</think>, } for <answer>72</answer>
     *[(text.replace("{", "<think>hm</think>").replace("}", "<answer>72</answer>"), "72", form, acc)
       for text, form, acc in (
         ("{\n}", 1, 2), ("<think></think>\n}", 1, 2), ("<think>a\nb\n\nc</think>\n}", 1, 2),
@@ -374,7 +376,7 @@ REWARDS = [  # completion, right answer, format reward, accuracy reward
 
 
 @grades("answers")
-def test_rewards_of_a_table_of_completions():
+def test_the_form_earns_1_and_the_answer_2_or_1_point_5_if_right_only_as_a_number():
     for text, answer, form, accuracy in REWARDS:
         got = cppo.format_reward(text), cppo.accuracy_reward(text, answer)
         assert got == (form, accuracy), (text, answer)
@@ -382,7 +384,7 @@ def test_rewards_of_a_table_of_completions():
 
 @grades("answers")
 def test_rewards_take_linear_time_on_a_megabyte_of_anything():
-    # Quadratic time would be 1e12 steps here: this test would not end.
+    # Quadratic time would be 1e12 steps here: this test would hang.
     pieces = "<think></think>\n<answer>", "1,", ",111", "0.", "\\boxed", *"<9-$.% {}\\", *cppo.TAGS
     for flood in (piece * (1_000_000 // len(piece)) for piece in pieces):
         for text in (flood, right_form(flood + "x"), right_form("1" + flood + "x")):
@@ -409,7 +411,7 @@ def kept(advantages, k, **options):
     return [row.nonzero()[:, 0].tolist() for row in mask]
 
 
-def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_of_equal_ones_the_first():
+def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_and_of_ties_the_first():
     advantages = [[0.1, -2.0, 1.0, 0.9], [0.01, 0.02, -0.03, 0.0]]
     got = kept(advantages, 2)
     assert [len(group) for group in got] == [2, 2], "each question keeps k: none is crowded out"
@@ -420,7 +422,7 @@ def test_pruning_keeps_the_k_largest_absolute_advantages_of_each_question_of_equ
     assert kept([[0.0] * 40], 3) == [[0, 1, 2]], lesson
 
 
-def test_pruning_by_each_of_the_four_criteria_and_with_gamma_keeps_none_below_it():
+def test_pruning_by_another_criterion_keeps_its_first_k_and_with_gamma_none_below_gamma():
     advantages = [[0.1, -2.0, 1.0, -0.9]]
     torch.manual_seed(0)
     assert kept(advantages, 2, by="advantage") == [[0, 2]]
@@ -475,13 +477,14 @@ def test_refill_with_a_tiny_gamma_asks_again_in_place_of_dead_groups_four_times_
 
 
 # --- Log-probabilities ----------------------------------------------------------------------------
-def test_micro_batches_hold_every_row_once_within_the_limit_and_little_padding():
+def test_micro_batches_are_full_hold_every_row_once_and_little_padding():
     rows = some_rows(50, longest=30)
     packs = cppo.pack(rows, 30)
     assert Counter(map(id, itertools.chain(*packs))) == Counter(map(id, rows))
     sizes = [len(part) * max(row.num_tokens for row in part) for part in packs]
     assert all(size <= 30 or len(part) == 1 for size, part in zip(sizes, packs, strict=True))
     assert sum(sizes) < 1.15 * sum(row.num_tokens for row in rows)
+    assert all((len(part) + 1) * part[0].num_tokens > 30 for part in packs[:-1])  # each is full
 
 
 def test_masks_of_a_batch_by_hand():
@@ -534,7 +537,7 @@ def test_the_kl_term_of_the_loss_and_its_gradient_by_hand():
     assert grad.item() == pytest.approx(-(3.0 + 0.04 * (2 - 1)), abs=1e-12), why
 
 
-def test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions():
+def test_the_loss_averages_over_a_completions_own_tokens_and_leaves_completions_to_the_caller():
     # Lengths 1 and 3: every token of the short one weighs 1, of the long one 1/3. Padding nothing.
     log_probs = torch.tensor([[0.0, 9.0, 9.0], [0.0, 0.0, 0.0]], dtype=F64, requires_grad=True)
     old, A = torch.zeros(2, 3, dtype=F64), torch.tensor([2.0, -1.0], dtype=F64)
@@ -653,7 +656,7 @@ def test_update_gives_the_same_gradient_on_two_ranks_with_unequal_rows_or_none(t
 def test_two_ranks_that_hold_half_of_adamws_state_move_as_if_both_had_all_bit_for_bit(two_ranks):
     start = [*tiny("Llama").parameters()]
     size = 2 * sum(p.numel() for p in start)  # of AdamW's two moments
-    for p, *moved in zip(start, *(w for rank in two_ranks for w in rank["weights"]), strict=True):
+    for p, *moved in zip(start, *two_ranks[0]["weights"], *two_ranks[1]["weights"], strict=True):
         assert all(torch.equal(moved[0], x) for x in moved) and not torch.equal(p, moved[0])
     (ours, all_1), (other, all_2) = (rank["held"] for rank in two_ranks)
     assert all_1 == all_2 == size == ours + other and 0.45 * size < ours < 0.55 * size
@@ -667,16 +670,16 @@ def worker(folder: str):
     for first in (5, 12, 1):  # of 12 rows, so many are the first rank's
         rows = [some_rows(12)[:first], some_rows(12)[first:]][cppo.RANK]
         found["gradients"].append(gradients_of_update(rows, ddp=True, **own))
-    plain = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
+    plain = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0, fused=True)
     for make in (adamw, lambda policy: plain(policy.parameters())):
         learner = learner_of(tiny("Llama"), make, tiny("Llama"), ddp=True)
         for _ in range(2):
             cppo.update(learner, some_rows(12)[cppo.RANK :: 2], 12, config(**own))
         found["weights"].append([p.detach() for p in learner.model.parameters()])
-        state = getattr(learner.optimizer, "optim", learner.optimizer).state.values()  # ZeRO's own
-        found["held"].append(sum(x.numel() for s in state for x in s.values() if x.ndim))
+        held = getattr(learner.optimizer, "optim", learner.optimizer).state.values()  # ZeRO: .optim
+        found["held"].append(sum(s[m].numel() for s in held for m in ("exp_avg", "exp_avg_sq")))
     torch.save(found, Path(folder, f"{cppo.RANK}.pt"))
-    os._exit(0)
+    os._exit(0)  # Python's own way out may wait for the other rank for ever
 
 
 @pytest.mark.parametrize("ranks", [1, 2])  # with two there are gradients of 0, with one none
@@ -691,17 +694,17 @@ def test_update_without_rows_leaves_the_weights_alone_even_with_momentum(ranks, 
 
 
 # --- Precision ------------------------------------------------------------------------------------
-def test_bfloat16_computes_nearly_the_float32_gradient_and_keeps_it_in_float32():
+def test_bfloat16_computes_nearly_the_float32_gradient():
     gradients = (gradients_of_update(some_rows(12), dtype=d) for d in ("float32", "bfloat16"))
     exact, rounded = (torch.cat([g.flatten() for g in each]) for each in gradients)
-    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert not torch.equal(exact, rounded)  # it does round
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_copies_the_policy_rounded_to_the_sampler_not_to_the_reference(dtype, monkeypatch):
     model, start = tiny("Qwen2"), tiny("Qwen2")
-    new = cppo.Run(None, None, {}, model, None, [], [])
+    new = cppo.Run(None, None, {"step": 0}, model, None, [], [])
     learner = cppo.make_learner(new, model, 8, config(dtype=str(dtype).removeprefix("torch.")))
     assert (learner.sampler is model) == (dtype == torch.float32)
     model.load_state_dict({name: x + 1 for name, x in model.state_dict().items()})
@@ -712,7 +715,7 @@ def test_a_step_copies_the_policy_rounded_to_the_sampler_not_to_the_reference(dt
         for a, b in zip(copied.parameters(), original.parameters(), strict=True):
             assert torch.equal(a, b.to(dtype)) and a.requires_grad == (copied is model)
         ours, theirs = (m.model.rotary_emb.inv_freq for m in (copied, original))
-        assert torch.equal(ours, theirs) and ours.dtype == torch.float32  # rounded, RoPE is wrong
+        assert torch.equal(ours, theirs) and ours.dtype == torch.float32  # else RoPE goes wrong
 
 
 # --- Tasks ----------------------------------------------------------------------------------------
@@ -739,12 +742,12 @@ def test_questions_load_from_any_kind_of_file(kind, tmp_path):
 
 def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
     tables = {
-        "1": '{"problem": "a", "solution": "So $\\\\boxed{9}$.", "answer": "1"}',
-        "\\frac{1}{2}": '{"problem": "a", "solution": "$\\\\boxed{2}, \\\\boxed{\\\\frac{1}{2}}$"}',
-        "27": '{"question": "a", "answer": 27}',
+        "1": {"problem": "a", "solution": r"So $\boxed{9}$.", "answer": "1"},
+        r"\frac{1}{2}": {"problem": "a", "solution": r"$\boxed{2}, \boxed{\frac{1}{2}}$"},
+        "27": {"question": "a", "answer": 27},
     }
-    for answer, line in tables.items():
-        (tmp_path / "data.jsonl").write_text(line + "\n")
+    for answer, row in tables.items():
+        (tmp_path / "data.jsonl").write_text(json.dumps(row))
         (question,) = cppo.TASKS["math"].questions(str(tmp_path / "data.jsonl"), "test")
         assert question.answer == answer and question.prompt[1]["content"] == "a"
         assert cppo.boxed(question.demonstration) == answer
@@ -752,14 +755,14 @@ def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
     assert "final answer is: $\\boxed{ANSWER}$. I hope" in question.prompt[0]["content"]
 
 
-def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
+def test_a_bad_data_file_is_refused_by_name_and_with_the_reason(tmp_path):
     for name, content, says in (
         ("a.csv", "question,answer\n", "it has no rows"), ("b.jsonl", "", "it has no rows"),
         ("c.csv", "question,answer\nHow many, then?,1\n", r"row 1: answer is \['1'\]"),
         ("d.csv", 'question,answer\n1+1,"2\n', "unexpected end of data"),
         ("e.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"}\n', "row 2 lacks"),
         ("f.jsonl", '{"problem": "a", "solution": "So it is 1."}\n', "row 1 lacks"),
-        ("g.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("h.jsonl", '{"quest', "give a parquet"),
+        ("g.jsonl", '{"answer": "1"}\n', "row 1 lacks"), ("h.jsonl", '{"quest', "Unterminated"),
         ("i.parquet", "PAR1 half", "give a parquet"), ("rows", "a", "it is another kind of file"),
     ):  # fmt: skip
         (tmp_path / name).write_text(content)
@@ -767,8 +770,8 @@ def test_a_bad_data_file_is_one_line_that_names_it(tmp_path):
             cppo.TASKS["gsm8k"].questions(str(tmp_path / name), "train")
 
 
-def test_what_a_box_holds():
-    for text, inside in (
+def test_the_last_box_gives_what_it_holds_braces_in_pairs_or_none():
+    for text, inside in (  # \} is no brace; in \\{ the \\ is a line break, and { is one
         (r"so $\boxed{42}$.", "42"), (r"\boxed{1} or \boxed{2}", "2"), (r"\boxed 5$ x", "5"),
         (r"\boxed{\frac{1}{\sqrt{2}}} }", r"\frac{1}{\sqrt{2}}"), (r"\fbox{ 3 }", "3"),
         (r"\boxed{x \}y}", r"x \}y"), (r"\boxed {7}", "7"), (r"\boxed{\\{ 1 \\ 2 }", None),
@@ -779,7 +782,7 @@ def test_what_a_box_holds():
 
 @pytest.fixture
 def math_verify(tmp_path, monkeypatch):
-    """A stand-in for the package, which knows that a half is 0.5."""
+    """A stand-in for the package, in a folder: it opens $\\boxed{}$, and knows that 1/2 is 0.5."""
     code = "parse = lambda latex: latex[8:-2]\nverify = lambda a, b: {a, b} == {'1/2', '0.5'}\n"
     (tmp_path / "math_verify.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -809,7 +812,7 @@ def test_messages_go_through_the_chat_template_and_bos_is_added_where_no_templat
     plain, *others = Question(chat, "3"), Question(chat, "3"), Question("1+2=", "3")
     cppo.encode_questions([plain], tokenizer)
     assert tokenizer.decode(plain.prompt_ids) == "<pad>1+\n\n2\n\n"
-    tokenizer.chat_template = "{{ messages|join('', 'content') + '=0' * add_generation_prompt }}"
+    tokenizer.chat_template = "{{messages|join('', 'content')}}{{'=0' if add_generation_prompt}}"
     cppo.encode_questions(others, tokenizer)
     assert [tokenizer.decode(q.prompt_ids) for q in others] == ["1+2=0", "<pad>1+2="]
     tokenizer.chat_template = "{{ messages[1].content }}"  # and the system prompt?
@@ -831,7 +834,7 @@ def test_an_epoch_asks_each_question_once_over_all_ranks_and_the_next_in_another
 
 
 # --- Models ---------------------------------------------------------------------------------------
-def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_path):
+def test_a_folder_loads_as_it_was_saved_and_any_of_its_eos_tokens_ends_a_completion(tmp_path):
     folder = save_tiny_model(tmp_path)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     for ids, want in ((None, [1]), (7, [1, 7]), ([1, 8], [1, 8])):
@@ -844,7 +847,7 @@ def test_a_folder_loads_as_it_was_saved_and_ends_with_any_of_its_eos_tokens(tmp_
         model.save_pretrained(tmp_path / "saved")  # would refuse a temperature without sampling
 
 
-def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
+def test_what_a_model_folder_lacks_is_said_and_its_own_code_is_not_run(tmp_path, monkeypatch):
     def refused(says):
         with pytest.raises(UserError, match=f"^this is to blame: .*{says}"):
             cppo.load_model_and_tokenizer(folder, "this is to blame")
@@ -855,7 +858,7 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
     tokenizer.save_pretrained(folder)
     refused("no EOS token")
     weights = safetensors.torch.load_file(file := folder / "model.safetensors")
-    inf = {"model.norm.weight": weights.pop("model.norm.weight") / 0}
+    inf = {"model.norm.weight": weights.pop("model.norm.weight") / 0}  # weights lack it
     lacks = r"it lacks weights: .*'model\.norm\.w"
     for some, says in ((weights, lacks), (weights | inf, "are inf or nan")):
         safetensors.torch.save_file(some, file, {"format": "pt"})
@@ -863,11 +866,10 @@ def test_what_a_model_folder_lacks_is_said(tmp_path, monkeypatch):
     tiny("Qwen2").save_pretrained(folder)  # its config has the tokenizer read as Qwen2's class
     refused("its tokenizer does not give back '<think>1 2<")
     folder = save_tiny_model(tmp_path / "code")
-    settings = json.loads((folder / "config.json").read_text())
-    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
-    monkeypatch.setattr("builtins.input", lambda _: "y")  # to whoever asks
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # if it asks whether to
     refused("")
     assert not (tmp_path / "hacked").exists()
 
@@ -922,13 +924,10 @@ def test_checkpoint_0_and_the_newest_2_stay_and_resume_wants_the_same_flags(tmp_
 
 
 def test_a_disk_that_is_full_while_it_saves_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
-
     for step in (0, 1, 2):
         save(tmp_path, step)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"-3 cannot be .* 28"):
-        patch.setattr(cppo.os, "fsync", full)
+        patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
         save(tmp_path, 3)
     path, state = resumed(tmp_path)
     assert state["step"] == 2
@@ -960,11 +959,11 @@ def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeyp
 
     monkeypatch.setattr(cppo, "rollout", rollout)
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text('{"step": 0, "left": "over"}\n{"step": 1, "ep')
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n{"st')  # left by a kill before checkpoint-0
     changes = dict(gamma=1e-3, save_every=1, steps=3, resume=True, max_prompt_tokens=6)
     settings = config(output_dir=str(folder), **changes, **SHORT)
     cppo.train(settings)
-    cppo.shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
+    shutil.rmtree(folder / "checkpoint-3")  # it was killed after step 2
     assert len(asked) == 3 * 16  # an untrained model earns 0: dead groups, so 4 rounds of 4
     del asked[2 * 16 :]
     cppo.train(settings)
@@ -976,8 +975,8 @@ def test_with_gamma_and_after_a_resume_no_question_comes_twice(tmp_path, monkeyp
 
 def test_a_run_whose_gradient_is_not_finite_says_the_step_and_what_to_lower(tmp_path, monkeypatch):
     real, calls = cppo.group_advantages, itertools.count(1)
-    huge = lambda r: real(r) + (1e30 if next(calls) == 2 else 0)  # noqa: E731  1e30**2 is inf
-    monkeypatch.setattr(cppo, "group_advantages", huge)
+    # At step 2 an advantage whose square, in the gradient's norm, is inf in float32.
+    monkeypatch.setattr(cppo, "group_advantages", lambda r: real(r) + 1e30 * (next(calls) == 2))
     with pytest.raises(UserError, match="step 2: lower --learning_rate in a new run: the grad"):
         cppo.train(config(output_dir=str(tmp_path), steps=3, save_every=1, **SHORT))
     assert [m["step"] for m in read_metrics(tmp_path)] == [0, 1]
@@ -1023,7 +1022,7 @@ def test_tags_that_are_special_tokens_are_scored_and_only_the_last_eos_is_left_o
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content + %r }}"])
 def test_a_think_that_ends_the_prompt_is_scored_and_not_taught(opening, template, monkeypatch):
     _, tokenizer = cppo.tiny_model_and_tokenizer()
-    question = Question(f"<think>1+2={opening}", "3", FORM)
+    question = Question(f"<think>1+2={opening}", "3", FORM)  # the first <think> is no end
     if template:
         tokenizer.chat_template = template % opening
         question.prompt = [{"role": "user", "content": "<think>1+2="}]
@@ -1047,10 +1046,10 @@ def test_a_reward_is_a_finite_number_or_one_line_names_task_answer_and_value(mon
             reward(value)
 
 
-def test_the_kl_of_nearly_equal_policies_is_exact_in_float32():
+def test_the_kl_of_nearly_equal_policies_is_not_lost_to_rounding_in_float32():
     now, how = torch.zeros(1, 2), (torch.zeros(1), torch.ones(1, 2).bool(), 0.2, 0.04)
-    losses, means = cppo.cppo_loss(now, now, now + 1e-4, *how)
-    assert [losses.item(), means["kl"].item()] == pytest.approx([0.04 * 5e-9, 5e-9], 0.01, 0)
+    losses, means = cppo.cppo_loss(now, now, now + 1e-4, *how)  # x = 1e-4: KL = x^2 / 2
+    assert [losses.item(), means["kl"].item()] == pytest.approx([2e-10, 5e-9], rel=0.01, abs=0)
 
 
 def test_a_model_whose_cache_is_not_understood_is_refused_also_to_evaluate(monkeypatch):
@@ -1128,9 +1127,9 @@ def one_step(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, functools.partial(os.truncate, length=99)])
-def test_a_damaged_part_of_a_checkpoint_is_blamed_on_it(damage, one_step, tmp_path):
+def test_a_damaged_part_of_a_checkpoint_is_blamed_on_that_checkpoint(damage, one_step, tmp_path):
     parts = "0/model.safetensors 1/model.safetensors 1/config.json 1/tokenizer.json"
-    for part in (parts + " 1/trainer_state.pt").split():
+    for part in f"{parts} 1/trainer_state.pt 1/optimizer-0.pt".split():
         folder = shutil.copytree(one_step.output_dir, tmp_path / part)
         damage(folder / f"checkpoint-{part}")
         with pytest.raises(UserError, match=rf"^--resume: {folder}/checkpoint-{part[0]}") as error:
@@ -1138,7 +1137,7 @@ def test_a_damaged_part_of_a_checkpoint_is_blamed_on_it(damage, one_step, tmp_pa
         assert "--model" not in str(error.value)
 
 
-def test_resume_keeps_out_of_a_folder_in_use_and_of_changed_questions(one_step, monkeypatch):
+def test_resume_refuses_a_folder_in_use_and_changed_questions(one_step, monkeypatch):
     metrics = Path(one_step.output_dir, "metrics.jsonl")
     before = metrics.read_text()
     cppo.train(one_step)  # there is nothing left to do
@@ -1192,7 +1191,7 @@ def test_clip_higher_lifts_the_upper_bound_alone():
         patch.setattr(cppo, "cppo_loss", lambda *how: loss(*how, how[5]))
         test_the_clipped_loss_and_its_gradient_by_hand()
         test_the_kl_term_of_the_loss_and_its_gradient_by_hand()
-        test_the_loss_averages_over_a_completions_own_tokens_and_the_caller_over_completions()
+        test_the_loss_averages_over_a_completions_own_tokens_and_leaves_completions_to_the_caller()
 
 
 def test_dr_grpo_divides_neither_by_the_std_nor_by_the_length():
@@ -1214,7 +1213,7 @@ def test_dppo_weighs_what_it_keeps_so_that_the_mean_over_draws_is_as_if_all_were
     stays = (draws > 0).double()
     share = stays.mean(0)
     assert ((draws == 0) | (draws >= 1)).all(), "0 for what is dropped, 1 / p_i for what is kept"
-    order = share.gather(1, A.abs().argsort(dim=1))
+    order = share.gather(1, A.abs().argsort(dim=1))  # the smallest |A| first
     lesson = "p_i is larger where |A_i| is, of each question's own"
     assert (order[0].diff() > 0.02).all() and (order[1, 2:] > order[1, :2] + 0.02).all(), lesson
     assert (share.sum(1) - 2).abs().max() < 0.1, "about k of a question's G stay"
@@ -1333,7 +1332,8 @@ def test_the_main_job_learns_to_carry(tmp_path):
     assert all(step["kept"] == 16 and step["sampled"] == 8 * 16 for step in steps)
     assert steps[0]["learning_rate"] == 0 and steps[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert steps[-1]["epoch"] == 960 / 2560
-    assert steps[40]["learning_rate"] > 5e-5 > steps[-1]["learning_rate"]  # along a cosine
+    quarter = 1e-4 * (1 + math.cos(math.pi / 4))  # (39 x 2 - 24) / (240 - 24) of the way down
+    assert steps[39]["learning_rate"] == pytest.approx(quarter)  # the cosine's
     assert max(step["sampling_gap"] for step in steps) < 1e-4
     for line in (f"{after['eval_accuracy']:.1%} of 512 test questions", "cppo: 960 questions, "):
         assert line in printed
@@ -1399,7 +1399,7 @@ RUN = "--warm_start_steps 12 --steps 5 --save_every 1 --batch_size 32 --eval_que
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory):
-    """The folder of a run of RUN on so many ranks that was never disturbed."""
+    """folder(ranks): where a run of RUN on that many ranks has written, which nobody disturbed."""
 
     @functools.cache
     def folder(ranks: int) -> Path:
@@ -1413,7 +1413,7 @@ def whole_run(tmp_path_factory):
 def assert_equal_runs(a: Path, b: Path):
     """The same metrics but for the seconds, and the same weights, bit for bit; all batches full."""
     for one, other in zip(read_metrics(a), read_metrics(b), strict=True):
-        assert one == other | {k: v for k, v in one.items() if k.endswith("_seconds")}
+        assert one == (other | {k: v for k, v in one.items() if k.endswith("_seconds")})
     assert [m["step"] for m in read_metrics(b)] == [0, 0, 1, 2, 3, 4, 5, 5]
     assert all(m["kept"] == 32 and m["questions"] == 16 for m in read_metrics(b)[2:-1])
     for name in ("checkpoint-0", "checkpoint-4", "checkpoint-5"):
@@ -1445,19 +1445,19 @@ def test_a_run_that_is_killed_at_random_moments_resumes_bit_for_bit(ranks, whole
     rng = random.Random(seed)
     for i in range(kills):
         folder = tmp_path / str(i // 2)  # each run is killed, resumed, killed while it saves
-        metrics, known, begun = folder / "metrics.jsonl", {*folder.glob("c*-*")}, time.time()
+        metrics, known, begun = folder / "metrics.jsonl", {*folder.glob("check*")}, time.time()
         process = start_process(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
-        # importing torch is not what this is about
+        # It is killed only once torch is imported and the run has begun.
         wait_for(process, lambda m=metrics, t=begun: m.exists() and m.stat().st_mtime > t)
         if i % 2:
-            wait_for(process, lambda f=folder, k=known: {*f.glob("c*-*")} - k)
+            wait_for(process, lambda f=folder, k=known: {*f.glob("check*")} - k)
         everyone = family_of(process)
         time.sleep(rng.uniform(0, 0.02 if i % 2 else 1))
         print("kills", everyone, [path.name for path in folder.glob("*.tmp")])
         for pid in everyone:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.communicate(timeout=100)
+        assert process.wait(600) in (0, -signal.SIGKILL), process.communicate()  # not a crash
         if i % 2:
             run(*RUN, "--output_dir", folder, "--resume", ranks=ranks)
             assert_equal_runs(whole_run(ranks), folder)
@@ -1470,7 +1470,7 @@ def test_run_multi_gpu_starts_again_by_itself_when_a_rank_dies(whole_run, tmp_pa
     wait_for(process, (folder / "checkpoint-2").exists)
     ranks = [pid for pid in family_of(process) if pid != process.pid]
     os.kill(ranks[-1], signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert out.count("cppo: 5 steps, each with 16") == 2
     assert_equal_runs(whole_run(2), folder)
@@ -1489,7 +1489,7 @@ def test_two_machines_of_one_rank_do_what_one_machine_of_two_ranks_does(whole_ru
         )
         for i in range(2)
     ]  # fmt: skip
-    outputs = [machine.communicate(timeout=120) for machine in machines]
+    outputs = [machine.communicate(timeout=600) for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert_equal_runs(whole_run(2), tmp_path / "run")
 
