@@ -9,8 +9,8 @@ completions, and the reference pi_ref, where the training began, from which it s
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
 completions of each question with the largest |A|. While the policy still is pi_old, a completion's
-gradient is A times that of its log-probability, so a small |A| hardly teaches; and A is known
-before any pass of the training. All G are still sampled; what is saved comes after:
+gradient is A times that of its log-probability (KL aside), so a small |A| hardly teaches; and A is
+known before any pass of the training. All G are still sampled; what is saved comes after:
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
@@ -38,9 +38,9 @@ The equations, each again beside its line; pi_theta is the policy, o_i a complet
                                                   - beta KL_t }
 
 P is the pruning rate, beta the weight of the KL term. From the second of the mu iterations on, the
-policy is no longer pi_old: the ratio rho reweights its samples accordingly, and once a token has
-moved by eps in the direction of A, the clip ends its pull.
-KL_t estimates KL(pi_theta || pi_ref) from the one sampled token, and is never below 0.
+policy is no longer pi_old: the ratio rho reweights pi_old's samples. Once a token has moved by eps
+the way A pulls, the clip stops it; the min lets it be pulled back. KL_t estimates KL(pi_theta ||
+pi_ref): on average pi_ref / pi_theta is 1, so the mean is right; and it is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
 the paper's floor for |A|: of the k, those below it are dropped.)
@@ -94,7 +94,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone prints
+RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone reports
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MAX_REFILL_ROUNDS = 4  # of sampling, to fill a batch; more than one only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: more, as in an evaluation, could outgrow a GPU
@@ -450,10 +450,10 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 
 # --- Refill: the paper's dynamic completion allocation --------------------------------------------
 def collect_batch(draw, stream, room, config):
-    """Fills the `room`, the rows that this rank trains in a step, a multiple of k. Asks room / k
-    questions, where GRPO asks room / G, and keeps k completions of each. One round is enough; only
-    if gamma has dropped k rows or more are there others, MAX_REFILL_ROUNDS in all. draw(questions)
-    gives Q G scored completions. Returns the kept ones, all sampled ones, and how many rounds."""
+    """Fills the `room`, the rows that this rank trains in a step, a multiple of k. The refill: the
+    first round asks room / k questions, where GRPO asks room / G, and keeps k completions of each.
+    Only if gamma has dropped k rows or more do others follow, MAX_REFILL_ROUNDS in all. `draw` maps
+    Q questions to Q G scored completions. Returns the kept, all sampled, and how many rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -524,8 +524,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so only the logits that predict a completion's token are computed: with a (B, T)
-    # mask as logits_to_keep, transformers 5 gives lm_head(hidden[mask]), of M = sum_i |o_i| rows.
+    # V is large, so only the logits that predict a completion's token are computed. In transformers
+    # 5 logits_to_keep may be a (B, T) mask: lm_head(hidden[mask]), which has M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -600,7 +600,7 @@ def accumulate_gradient(learner, batches, N, config):
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
-    if N and not batches:  # gamma left rows to others alone, who wait for this rank's gradients: 0
+    if N and not batches:  # gamma left this rank none; the others wait for its gradients: zeros
         token = torch.tensor([[0]], device=learner.model.device)
         (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
@@ -714,7 +714,7 @@ def load_table(source, split):
     if kind in (".json", ".jsonl", ".csv"):
         # Not by datasets, which guesses each column's type: 3 may become 3.0, or NA nothing.
         text = Path(source).read_text("utf-8-sig")
-        if kind == ".csv":  # too many cells: `answer` is then a list, which cell_text refuses
+        if kind == ".csv":  # surplus cells become a list in `answer`, which cell_text refuses
             return csv.DictReader(io.StringIO(text), restkey="answer", strict=True)
         if text.lstrip().startswith("["):
             return json.loads(text)
@@ -745,7 +745,7 @@ def table_questions(system, form, source, split):
             think, marks, final = whole.rpartition("####")  # GSM8K: "steps #### 72"
             if not marks and (solution or boxed(whole)):  # MATH: "steps \boxed{72}"
                 think, final = whole, boxed(whole) or ""
-            # In the third case it is the answer alone: `think` is empty, and `final` is all of it.
+            # With neither mark it is the answer alone: `think` is empty, and `final` is all of it.
             if not (solution and answer):  # MATH-500 has both: its answer stays as it is
                 answer = final.strip()
             if not (text and answer):
@@ -949,8 +949,8 @@ def copy_for(model, dtype):
 
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
-    from 0 (the first optimizer step moves nothing), and back to 0 after the last of num_updates, of
-    which some may be done. The AdamW in a ZeroRedundancyOptimizer is its `optim`."""
+    from 0 (so the first optimizer step moves nothing, if there is one), and back to 0 at the end of
+    num_updates; resumed, it is at `done`. A ZeroRedundancyOptimizer's own AdamW is its `optim`."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -958,7 +958,7 @@ def make_optimizer(policy, learning_rate, num_updates, config, done=0):
         kind = partial(ZeroRedundancyOptimizer, optimizer_class=kind)
     optimizer = kind(policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     warmup = math.ceil(num_updates * config.warmup_ratio)
-    optimizer.param_groups[0]["initial_lr"] = learning_rate  # where a schedule that goes on looks
+    optimizer.param_groups[0]["initial_lr"] = learning_rate  # last_epoch >= 0 needs it
     schedule = transformers.get_cosine_schedule_with_warmup
     return optimizer, schedule(optimizer, warmup, num_updates, last_epoch=done - 1)
 
@@ -1041,7 +1041,7 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
-    """Counts over all ranks, and averages, None if nothing was kept; `row_sums` are update's."""
+    """Counts over all ranks, and averages, None where there is nothing; `row_sums` are update's."""
     rewards = torch.tensor([c.reward for c in sampled], dtype=torch.float64)
     rewards_QG = rewards.view(-1, config.group_size)
     counts = {
@@ -1239,7 +1239,7 @@ def train(config):
     run = set_up(config)
     model, tokenizer, questions, state = run.model, run.tokenizer, run.questions, run.state
     if config.eval_only:
-        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)  # rounded
+        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)  # as sampled
         return
 
     per_step = config.batch_size // config.num_kept  # questions, unless gamma makes room for more
@@ -1255,7 +1255,7 @@ def train(config):
         if not run.checkpoint:
             append_metrics(run.folder, warm_start(model, policy, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
-        if WORLD_SIZE > 1:  # DDP holds gradients twice until a first exchange, here of zeros
+        if WORLD_SIZE > 1:  # until an exchange DDP's buckets double the gradients: one of zeros
             accumulate_gradient(learner, [], 1, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
