@@ -8,17 +8,18 @@ each batch. The loss compares the policy with two older states of itself: pi_old
 completions, and the reference pi_ref, where the training began, from which it should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
-completions of each question with the largest |A|. While the policy still is pi_old, a completion's
-gradient is A times that of its log-probability (KL aside), so a small |A| hardly teaches; and A is
-known before any pass of the training. All G are still sampled; what is saved comes after:
+completions of each question with the largest |A|. While the policy is still pi_old, the gradient of
+a completion's loss is -A times that of its mean log-probability (KL aside), so a small |A| hardly
+teaches; and A is known before any pass of the training. All G are still sampled; what is saved
+comes after (a row is a completion):
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
     CPPO                     G          k            k mu
 
-The saving is per question. A training step costs no less than GRPO's, as it trains as many
-completions, N: the room that pruning frees goes to further questions, N / k of them where GRPO asks
-N / G. That is the refill. So the same questions need only k / G as many steps.
+The saving is per question, not per step: a training step still trains N completions, as the room
+that pruning frees goes to further questions. That is the refill. With N = 128, G = 16 and k = 2 a
+step asks N / k = 64 questions, GRPO's N / G = 8: the same questions take k / G as many steps.
 
     python cppo.py                          additions, without a GPU, in a minute
     torchrun --nproc_per_node 8 cppo.py     GSM8K, on 8 GPUs
@@ -28,7 +29,8 @@ One step, in the order of this file:
     questions -> G completions each -> rewards r -> advantages A -> keep the k largest |A| of each
     -> log-probabilities (policy, reference) of the kept -> loss -> mu optimizer steps
 
-The equations, each again beside its line; pi_theta is the policy, o_i a completion of question q:
+The equations, numbered beside their lines; pi_theta is the policy, o_i a completion of question q,
+and o_t its token t:
 
     (1)  A_i  = (r_i - mean(r)) / (std(r) + 1e-4), over the G completions of one question
     (2)  kept = the k = floor(G (1 - P)) of that question's completions with the largest |A_i|
@@ -38,9 +40,10 @@ The equations, each again beside its line; pi_theta is the policy, o_i a complet
                                                   - beta KL_t }
 
 P is the pruning rate, beta the weight of the KL term. From the second of the mu iterations on, the
-policy is no longer pi_old: the ratio rho reweights pi_old's samples. Once a token has moved by eps
-the way A pulls, the clip stops it; the min lets it be pulled back. KL_t estimates KL(pi_theta ||
-pi_ref): on average pi_ref / pi_theta is 1, so the mean is right; and it is never below 0.
+policy is no longer pi_old: the ratio rho reweights pi_old's samples. Once rho is more than eps off
+1 the way A pulls, the clip leaves it no gradient; the other way, the min keeps the gradient. KL_t
+estimates KL(pi_theta || pi_ref): on pi_theta's tokens pi_ref / pi_theta - 1 is 0 on average, and
+-log(pi_ref / pi_theta) is the KL; their sum is never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
 the paper's floor for |A|: of the k, those below it are dropped.)
@@ -98,7 +101,7 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone report
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MAX_REFILL_ROUNDS = 4  # of sampling, to fill a batch; more than one only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: more, as in an evaluation, could outgrow a GPU
-WARM_START_BATCH = 32  # demonstrations a step, on all ranks
+WARM_START_BATCH = 32  # completions to imitate a step, before CPPO, shared by all ranks
 UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
 
@@ -550,7 +553,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # In bfloat16 it is above 0 from the start: pi_ref's weights are rounded, the policy's not.
+        # In bfloat16 it is above 0 from the start: pi_ref is bfloat16 throughout, the policy not.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -577,7 +580,7 @@ def accumulate_gradient(learner, batches, N, config):
     |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
     sums = Counter()
     for batch in batches:
-        if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the backward pass of the last
+        if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the last backward pass
             learner.policy.require_backward_grad_sync = batch is batches[-1]
         # Only matrix products are bfloat16: weights are not, as a step of 1e-6 would not move them.
         with torch.autocast(learner.model.device.type, torch.bfloat16, config.dtype == "bfloat16"):
@@ -678,7 +681,7 @@ class Task:
 
 # --- Tasks and questions --------------------------------------------------------------------------
 def arithmetic_questions(source, split):
-    """2,560 or, to test, 512 sums like `37+58=`. No test sum is a training sum, even turned round.
+    """2,560 or, to test, 512 sums like `37+58=`; no test sum is a training sum, nor one swapped.
     The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
     gets little right but the sums without a carry; CPPO has to find the rest."""
     if source:
@@ -942,15 +945,15 @@ def check_sampler(model, prompt_ids: list[int], config):
 def copy_for(model, dtype):
     """A frozen copy in the dtype of compute, to sample from or as the reference."""
     frozen = copy.deepcopy(model).requires_grad_(False)
-    for parameter in frozen.parameters():  # not .to(): the positions' frequencies stay float32
+    for parameter in frozen.parameters():  # not .to(): RoPE's frequencies, a buffer, stay float32
         parameter.data = parameter.data.to(getattr(torch, dtype))
     return frozen
 
 
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
-    from 0 (so the first optimizer step moves nothing, if there is one), and back to 0 at the end of
-    num_updates; resumed, it is at `done`. A ZeroRedundancyOptimizer's own AdamW is its `optim`."""
+    from 0, if any (then the first optimizer step moves nothing), and back to 0 after num_updates;
+    resumed, it is at `done`. A ZeroRedundancyOptimizer holds this rank's AdamW as its `optim`."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -1246,7 +1249,7 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # buffers, the positions' frequencies, never change and need no broadcast
+    if WORLD_SIZE > 1:  # buffers, RoPE's frequencies, never change and need no broadcast
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with hold_folder(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
@@ -1255,7 +1258,7 @@ def train(config):
         if not run.checkpoint:
             append_metrics(run.folder, warm_start(model, policy, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
-        if WORLD_SIZE > 1:  # until an exchange DDP's buckets double the gradients: one of zeros
+        if WORLD_SIZE > 1:  # an exchange, of zeros: until the first, memory holds gradients twice
             accumulate_gradient(learner, [], 1, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
