@@ -1223,7 +1223,10 @@ def make_learner(run, policy, num_updates, config):
         with blame(UNREADABLE.format(path)):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
-    return Learner(model, policy, sampler, reference, optimizer, scheduler)
+    learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
+    if WORLD_SIZE > 1:  # an exchange, of zeros: until the first, memory holds gradients twice
+        accumulate_gradient(learner, [], 1, config)
+    return learner
 
 
 def evaluate_and_save(run, learner, last, config):
@@ -1258,8 +1261,6 @@ def train(config):
         if not run.checkpoint:
             append_metrics(run.folder, warm_start(model, policy, stream, config))
         learner = make_learner(run, policy, last * config.num_iterations, config)
-        if WORLD_SIZE > 1:  # an exchange, of zeros: until the first, memory holds gradients twice
-            accumulate_gradient(learner, [], 1, config)
         if not run.checkpoint:
             evaluate_and_save(run, learner, last, config)
 
