@@ -8,10 +8,10 @@ each batch. The loss compares the policy with two older states of itself: pi_old
 completions, and the reference pi_ref, where the training began, from which it should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
-completions of each question with the largest |A|. While the policy is still pi_old, the gradient of
-a completion's loss is -A times that of its mean log-probability (KL aside), so a small |A| hardly
-teaches; and A is known before any pass of the training. All G are still sampled; what is saved
-comes after (a row is a completion):
+completions of each question with the largest |A|. The gradient of a completion's loss in (5) is, at
+first, -A times that of its mean log-probability (KL aside), so a small |A| hardly teaches; and A is
+known before any pass of the training. All G are still sampled; what is saved comes after (a row is
+a completion):
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
@@ -40,10 +40,10 @@ and o_t its token t:
                                                   - beta KL_t }
 
 P is the pruning rate, beta the weight of the KL term. From the second of the mu iterations on, the
-policy is no longer pi_old: the ratio rho reweights pi_old's samples. Once rho is more than eps off
-1 the way A pulls, the clip leaves it no gradient; the other way, the min keeps the gradient. KL_t
-estimates KL(pi_theta || pi_ref): on pi_theta's tokens pi_ref / pi_theta - 1 is 0 on average, and
--log(pi_ref / pi_theta) is the KL; their sum is never below 0.
+policy is no longer pi_old: the ratio rho reweights pi_old's samples. Of its two terms min takes the
+clipped one, without gradient, only if A > 0 and rho > 1 + eps or A < 0 and rho < 1 - eps. KL_t
+estimates KL(pi_theta || pi_ref): over pi_theta's tokens -log(pi_ref / pi_theta) averages to it, and
+pi_ref / pi_theta - 1 to 0, as pi_ref sums to 1; together they are never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
 the paper's floor for |A|: of the k, those below it are dropped.)
@@ -228,10 +228,10 @@ class Question:
     prompt: str | list[dict]
     answer: str
     demonstration: str = ""  # a completion to imitate in the warm start
-    # Filled in by encode_questions. The opening is a "<think>" that the chat template wrote.
+    # Filled in by encode_questions. The opening is a "<think>" that ends the prompt.
     prompt_ids: list[int] = field(default_factory=list)  # L tokens
     demonstration_ids: list[int] = field(default_factory=list)  # without the opening, with EOS
-    opening: str = ""  # scored with the completion
+    opening: str = ""  # put before a completion to score it
 
 
 @dataclass
@@ -308,7 +308,7 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
     """Samples G completions for each of Q prompts (token ids): Q G of them, question-major."""
     L = max(map(len, prompts))
     device = model.device
-    # Prompts are padded on the left: all end in the last column, where the completions begin.
+    # Prompts are padded on the left: all end in the last column, after which the completions begin.
     padded = torch.tensor([[-1] * (L - len(p)) + p for p in prompts], device=device)  # (Q, L)
     input_ids = padded.clamp(min=0)  # (Q, L)
     attention_mask = (padded >= 0).long()  # (Q, L)
@@ -447,7 +447,7 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
         score_QG = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}[by]
     # The sort is stable; topk would leave it open which of equal ones come first.
     best_first = score_QG.argsort(dim=1, descending=True, stable=True)  # (Q, G) indices
-    place_QG = best_first.argsort(dim=1)  # (Q, G) where each stands in that order, from 0
+    place_QG = best_first.argsort(dim=1)  # (Q, G) the inverse: each one's place, from 0
     return (place_QG < num_kept) & (abs_QG >= gamma)
 
 
@@ -553,7 +553,7 @@ def cppo_loss(log_probs, old_log_probs, ref_log_probs, advantages, mask, clip_ep
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages[:, None]  # (B, C)
     kl = torch.zeros_like(log_probs)
     if beta > 0:
-        # In bfloat16 it is above 0 from the start: pi_ref is bfloat16 throughout, the policy not.
+        # In bfloat16 kl starts above 0: pi_ref's weights are bfloat16, the policy's are float32.
         log_ref = ref_log_probs - log_probs  # log(pi_ref / pi_theta)
         kl = torch.expm1(log_ref) - log_ref  # (B, C) eq. 4
     losses = -token_mean(torch.minimum(unclipped, clipped) - beta * kl, mask)  # (B,)
@@ -577,7 +577,7 @@ class Learner:
 def accumulate_gradient(learner, batches, N, config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N is the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
-    |log pi_sampler - log pi_old| of a row's tokens: 0 but for rounding, or the sampler is wrong."""
+    |log-probability as sampled - as recomputed here|: only rounding, or the sampler is wrong."""
     sums = Counter()
     for batch in batches:
         if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the last backward pass
@@ -603,14 +603,14 @@ def accumulate_gradient(learner, batches, N, config):
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
-    if N and not batches:  # gamma left this rank none; the others wait for its gradients: zeros
+    if N and not batches:  # no rows here, but other ranks wait for this one's gradients: zeros
         token = torch.tensor([[0]], device=learner.model.device)
         (0 * learner.policy(input_ids=token, use_cache=False).logits.sum()).backward()
     return sums
 
 
 def optimizer_step(learner, N, config):
-    """Moves the weights along the gradient, and clears it. Returns the gradient's norm. Raises
+    """Moves the weights against the gradient, and clears it. Returns the gradient's norm. Raises
     FloatingPointError before inf or nan reaches the weights: on all ranks, as they share it."""
     parameters = learner.policy.parameters()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
@@ -748,7 +748,7 @@ def table_questions(system, form, source, split):
             think, marks, final = whole.rpartition("####")  # GSM8K: "steps #### 72"
             if not marks and (solution or boxed(whole)):  # MATH: "steps \boxed{72}"
                 think, final = whole, boxed(whole) or ""
-            # With neither mark it is the answer alone: `think` is empty, and `final` is all of it.
+            # An `answer` with neither is the answer alone: `think` is empty, and `final` all of it.
             if not (solution and answer):  # MATH-500 has both: its answer stays as it is
                 answer = final.strip()
             if not (text and answer):
@@ -953,7 +953,7 @@ def copy_for(model, dtype):
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
     from 0, if any (then the first optimizer step moves nothing), and back to 0 after num_updates;
-    resumed, it is at `done`. A ZeroRedundancyOptimizer holds this rank's AdamW as its `optim`."""
+    resumed, it is at `done`."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -1054,7 +1054,7 @@ def step_metrics(kept, sampled, rounds, row_sums, config):
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
     }  # fmt: skip
-    sums = {  # over rows; the outer key is the count that divides them
+    sums = {  # the outer key is the count that divides them
         "sampled": {
             "reward": sum(c.reward for c in sampled),
             "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
@@ -1104,7 +1104,8 @@ def save_checkpoint(folder, learner, tokenizer, state):
         shutil.rmtree(old, ignore_errors=True)  # perhaps another rank was faster
     with blame(f"{path} cannot be written, the one before it stays"):
         unfinished.mkdir(exist_ok=True)
-        # Each rank writes its own share: ZeRO gathers them number by number, which takes minutes.
+        # Each rank writes the AdamW in its ZeroRedundancyOptimizer, `optim`, with its share of the
+        # moments. ZeRO would take minutes to gather them: it sends them number by number.
         moments = getattr(learner.optimizer, "optim", learner.optimizer).state_dict()
         torch.save(moments, unfinished / f"optimizer-{RANK}.pt")
         over_ranks(None)  # from here on all have written theirs
@@ -1224,7 +1225,7 @@ def make_learner(run, policy, num_updates, config):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
-    if WORLD_SIZE > 1:  # an exchange, of zeros: until the first, memory holds gradients twice
+    if WORLD_SIZE > 1:  # no batches: zeros; DDP moves gradients into its buckets at its first
         accumulate_gradient(learner, [], 1, config)
     return learner
 
