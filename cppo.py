@@ -1225,7 +1225,7 @@ def make_learner(run, policy, num_updates, config):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
-    if WORLD_SIZE > 1:  # no batches: zeros; DDP moves gradients into its buckets at its first
+    if WORLD_SIZE > 1:  # zeros: DDP moves gradients into its buckets at the first exchange
         accumulate_gradient(learner, [], 1, config)
     return learner
 
@@ -1246,7 +1246,7 @@ def train(config):
     run = set_up(config)
     model, tokenizer, questions, state = run.model, run.tokenizer, run.questions, run.state
     if config.eval_only:
-        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)  # as sampled
+        evaluate(copy_for(model, config.dtype), tokenizer, run.test_questions, config)  # rounded
         return
 
     per_step = config.batch_size // config.num_kept  # questions, unless gamma makes room for more

@@ -109,7 +109,8 @@ def config(**changes) -> Config:
 
 def learner_of(model, make=None, reference=None, ddp=False) -> Learner:
     """A learner of constant rate; make(policy) gives its optimizer, by default SGD of rate 1."""
-    policy = cppo.DDP(model, forward_sync_buffers=False) if ddp else model
+    wrap = functools.partial(cppo.DDP, gradient_as_bucket_view=True, forward_sync_buffers=False)
+    policy = wrap(model) if ddp else model  # as in train
     optimizer = make(policy) if make else torch.optim.SGD(policy.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     return Learner(model, policy, model, reference, optimizer, scheduler)
@@ -866,8 +867,7 @@ def test_what_a_model_folder_lacks_is_said_and_its_own_code_is_not_run(tmp_path,
     tiny("Qwen2").save_pretrained(folder)  # its config has the tokenizer read as Qwen2's class
     refused("its tokenizer does not give back '<think>1 2<")
     folder = save_tiny_model(tmp_path / "code")
-    settings = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
-    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text('{"model_type": "m", "auto_map": {"AutoConfig": "mine.M"}}')
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'hacked')!r}, 'w')")
     monkeypatch.setattr("builtins.input", lambda _: "y")  # if it asks whether to
     refused("")
