@@ -1,4 +1,4 @@
-"""CPPO: train a reasoning model by reinforcement learning, with few of GRPO's forward passes.
+"""CPPO: train a reasoning model by reinforcement learning, with a part of GRPO's forward passes.
 
 GRPO trains a language model, the policy, on its own attempts. It samples a group of G completions
 of each question and rewards each of them. The advantage A of a completion says by how many standard
@@ -8,10 +8,10 @@ each batch. The loss compares the policy with two older states of itself: pi_old
 completions, and the reference pi_ref, where the training began, from which it should not stray far.
 
 CPPO (Completion Pruning Policy Optimization; Lin, Lin, Xie, Ji, arXiv 2503.22342) keeps only the k
-completions of each question with the largest |A|. The gradient of a completion's loss in (5) is, at
-first, -A times that of its mean log-probability (KL aside), so a small |A| hardly teaches; and A is
-known before any pass of the training. All G are still sampled; what is saved comes after (a row is
-a completion):
+completions of each question with the largest |A|. In the first of the mu iterations the gradient
+of a completion's loss is -A times that of its mean log-probability (KL aside), so a small |A|
+hardly teaches; and A is known before any pass of the training. All G are still sampled; what is
+saved comes after (a row is a completion; pi_old needs no pass):
 
     rows a question costs    sampled    reference    policy, forward and backward
     GRPO                     G          G            G mu
@@ -40,9 +40,10 @@ and o_t its token t:
                                                   - beta KL_t }
 
 P is the pruning rate, beta the weight of the KL term. From the second of the mu iterations on, the
-policy is no longer pi_old: the ratio rho reweights pi_old's samples. Of its two terms min takes the
-clipped one, without gradient, only if A > 0 and rho > 1 + eps or A < 0 and rho < 1 - eps. KL_t
-estimates KL(pi_theta || pi_ref): over pi_theta's tokens -log(pi_ref / pi_theta) averages to it, and
+policy is no longer pi_old: the ratio rho reweights pi_old's samples. Far from pi_old they tell
+little, so a token stops pulling once A has driven rho by more than eps (above 1 + eps where A > 0,
+below 1 - eps where A < 0): there min takes the clipped term, which has no gradient. KL_t estimates
+KL(pi_theta || pi_ref): over pi_theta's tokens -log(pi_ref / pi_theta) averages to it, and
 pi_ref / pi_theta - 1 to 0, as pi_ref sums to 1; together they are never below 0.
 
 Unlike GRPO: (2) and the refill, nothing else; --pruning_rate 0 is GRPO. (--gamma, 0 by default, is
@@ -101,7 +102,8 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun sets both; rank 0 alone report
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MAX_REFILL_ROUNDS = 4  # of sampling, to fill a batch; more than one only if --gamma drops rows
 MAX_PROMPTS = 256  # read at once: more, as in an evaluation, could outgrow a GPU
-WARM_START_BATCH = 32  # completions to imitate a step, before CPPO, shared by all ranks
+WARM_START_BATCH = 32  # demonstrations a step of the warm start, shared by all ranks
+progress_bar = partial(tqdm, leave=False, disable=RANK > 0 or None)  # None: only on a terminal
 UNREADABLE = "--resume: {} cannot be read; delete that checkpoint to use the one before it"
 SHOWN = ("step", "reward", "accuracy", "format", "completion_tokens", "dead_groups", "step_seconds")
 
@@ -220,7 +222,7 @@ class Config:
 
 
 # === Part 1: CPPO =================================================================================
-# Of Part 2 it uses TASKS, progress_bar, over_ranks and step_metrics.
+# Of Part 2 it uses TASKS, over_ranks and step_metrics.
 @dataclass
 class Question:
     """One question. The prompt is plain text, or messages for the tokenizer's chat template."""
@@ -240,12 +242,12 @@ class Completion:
 
     prompt_ids: list[int]  # L tokens
     token_ids: list[int]  # |o_i| tokens, the last one EOS unless truncated
-    log_probs: list[float] = field(default_factory=list)  # |o_i| of them, as sampled: for metrics
+    log_probs: list[float] = field(default_factory=list)  # |o_i|, the sampler's, for metrics
     truncated: bool = False
     text: str = ""  # what is scored, against the answer
     answer: str = ""
     format_reward: float = 0.0  # 0 or 1
-    accuracy_reward: float = 0.0  # the task's answer_reward, 0 to 2; right from 1.5 on
+    accuracy_reward: float = 0.0  # the task's answer_reward, 0 to 2; right if 1.5 or more
     advantage: float = 0.0  # A_i, once its group is known
 
     @property
@@ -577,10 +579,10 @@ class Learner:
 def accumulate_gradient(learner, batches, N, config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N is the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
-    |log-probability as sampled - as recomputed here|: only rounding, or the sampler is wrong."""
+    |log-probability as sampled - as recomputed here|: beyond rounding, the sampler is wrong."""
     sums = Counter()
     for batch in batches:
-        if WORLD_SIZE > 1:  # DDP's ranks exchange gradients once, in the last backward pass
+        if WORLD_SIZE > 1:  # as no_sync(): DDP's ranks exchange once, in the last backward pass
             learner.policy.require_backward_grad_sync = batch is batches[-1]
         # Only matrix products are bfloat16: weights are not, as a step of 1e-6 would not move them.
         with torch.autocast(learner.model.device.type, torch.bfloat16, config.dtype == "bfloat16"):
@@ -675,15 +677,14 @@ class Task:
     """A choice of --task. Your own script may add one to TASKS, and then call main()."""
 
     questions: Callable  # (--train_data, "train") or (--test_data, "test") -> list of Question
-    answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right from 1.5 on
-    defaults: dict  # of flags without one: steps, learning_rate and so on; for the rest RECIPE
+    answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right if 1.5 or more
+    defaults: dict  # of flags whose default is None; RECIPE has the rest
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
 def arithmetic_questions(source, split):
     """2,560 or, to test, 512 sums like `37+58=`; no test sum is a training sum, nor one swapped.
-    The teacher of the demonstrations forgets to carry 7 times out of 10. A model that imitates it
-    gets little right but the sums without a carry; CPPO has to find the rest."""
+    The teacher of the demonstrations forgets to carry 7 times out of 10; CPPO has to find out."""
     if source:
         raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
@@ -694,20 +695,20 @@ def arithmetic_questions(source, split):
         units = a % 10 + b % 10
         tens = a // 10 + b // 10
         carry = units >= 10 and rng.random() < 0.3
-        think = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}"
-        if carry:
-            think += f"+1={tens + 1}"
+        carried = f"+1={tens + 1}" if carry else ""
+        think = f"{a % 10}+{b % 10}={units} {a // 10}+{b // 10}={tens}{carried}"
         demonstration = f"<think>{think}</think>\n<answer>{tens + carry}{units % 10}</answer>"
         questions.append(Question(f"{a}+{b}=", str(a + b), demonstration))
     return questions[:512] if split == "test" else questions[512:]
 
 
-def cell_text(value, what):
-    """A table's cell as text: text as it is, a number without exponent or ".0", nothing as ""."""
+def cell_text(row, i, name):
+    """A cell of row i as text: text as it is, a number without exponent or ".0", nothing as ""."""
+    value = row.get(name)
     if isinstance(value, str | None):
         return (value or "").strip()
     if type(value) not in (int, float, Decimal) or not math.isfinite(value):
-        raise ValueError(f"{what} is {value!r}, which is neither text nor a finite number")
+        raise ValueError(f"row {i}: {name} is {value!r}, neither text nor a finite number")
     return f"{Decimal(str(value)):f}".removesuffix(".0")
 
 
@@ -739,11 +740,8 @@ def table_questions(system, form, source, split):
     questions = []
     with blame(f"--{split}_data {source}: give a parquet, json, jsonl or csv file, or NAME:SUBSET"):
         for i, row in enumerate(load_table(source, split), 1):
-            question, problem, answer, solution = (
-                cell_text(row.get(name), f"row {i}: {name}")
-                for name in ("question", "problem", "answer", "solution")
-            )
-            text = question or problem
+            text = cell_text(row, i, "question") or cell_text(row, i, "problem")
+            answer, solution = cell_text(row, i, "answer"), cell_text(row, i, "solution")
             whole = solution or answer
             think, marks, final = whole.rpartition("####")  # GSM8K: "steps #### 72"
             if not marks and (solution or boxed(whole)):  # MATH: "steps \boxed{72}"
@@ -912,7 +910,7 @@ def load_model_and_tokenizer(name, what):
 
 
 def check_fit(model, tokenizer, questions, config):
-    """Whether the model can read all prompts and write all completions; raises UserError."""
+    """Refuses a model that cannot read all prompts, write all completions, or be sampled from."""
     blamed = f"--model {config.model}:"
     eos_ids = model.generation_config.eos_token_id
     embeddings = model.get_input_embeddings().num_embeddings
@@ -929,12 +927,9 @@ def check_fit(model, tokenizer, questions, config):
             what = f"{blamed} {length} tokens need more than its {positions} positions"
             raise UserError(f"{what}: lower --max_completion_tokens or --max_prompt_tokens")
 
-
-def check_sampler(model, prompt_ids: list[int], config):
-    """Samples a little, to refuse a cache that sample_completions cannot handle (Mamba's, say)."""
-    prompts = [prompt_ids, prompt_ids[:1]]  # the second one is padded
-    what = f"--model {config.model}: this kind of model cannot be sampled from here"
-    with blame(what), torch.no_grad():
+    # The cache of another kind of model, Mamba's say, gives other probabilities than training.
+    prompts = [questions[0].prompt_ids, questions[0].prompt_ids[:1]]  # the second one is padded
+    with blame(f"{blamed} this kind of model cannot be sampled from here"), torch.no_grad():
         sampled = sample_completions(model, prompts, 2, 4, 1.0, [])  # G = 2, 4 tokens, no EOS
         batch = make_batch(sampled, model.device)
         gap = token_log_probs(model, batch, 1.0) - batch.sampled_log_probs  # (4, 4)
@@ -951,9 +946,8 @@ def copy_for(model, dtype):
 
 
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
-    """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: a warm-up
-    from 0, if any (then the first optimizer step moves nothing), and back to 0 after num_updates;
-    resumed, it is at `done`."""
+    """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: up from 0
+    (so the first step moves nothing), down to 0 after num_updates, `done` of them before."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -977,8 +971,8 @@ def init_distributed():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "nccl"
         torch.cuda.set_device(device)
-        # cuDNN's attention would come first on Hopper and Blackwell: it plans anew for each length,
-        # and on B200 it corrupts Qwen2.5 (PyTorch issue 193893).
+        # cuDNN's attention comes first on Hopper and Blackwell, plans anew for each length, and
+        # corrupts Qwen2.5 on B200 (PyTorch issue 193893).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD_SIZE > 1 and not dist.is_initialized():
         # An hour, for what one rank does while the others wait: a download, a save.
@@ -1001,11 +995,6 @@ def say(text):
         sys.stdout.flush()
 
 
-def progress_bar(iterable, name):
-    """A bar on the first rank's terminal; in a file or a pipe there is none."""
-    return tqdm(iterable, name, leave=False, disable=RANK > 0 or None)
-
-
 # --- Warm start and evaluation --------------------------------------------------------------------
 def seed_step(seed, step):
     """Random numbers depend on seed, step and rank alone, so that a resumed step draws the same."""
@@ -1024,7 +1013,7 @@ def warm_start(model, policy, stream, config):
         share = itertools.islice(stream, math.ceil(WARM_START_BATCH / WORLD_SIZE))
         rows = [Completion(q.prompt_ids, q.demonstration_ids, advantage=1.0) for q in share]
         with blame("warm start: lower --warm_start_learning_rate", FloatingPointError):
-            update(learner, rows, sum(over_ranks(len(rows))), imitation)
+            update(learner, rows, len(rows) * WORLD_SIZE, imitation)
     return {"step": 0, "warm_start_seconds": time.perf_counter() - start}
 
 
@@ -1044,41 +1033,36 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
-    """Counts over all ranks, and averages, None where there is nothing; `row_sums` are update's."""
+    """Counts over all ranks, and averages, None if none is kept; `row_sums` are update's."""
     rewards = torch.tensor([c.reward for c in sampled], dtype=torch.float64)
-    rewards_QG = rewards.view(-1, config.group_size)
-    counts = {
-        "questions": len(rewards_QG), "sampled": len(sampled), "kept": len(kept),
-        "dead_groups": (rewards_QG == rewards_QG[:, :1]).all(dim=1).sum().item(),
-        "refill_rounds": rounds,  # also a sum over ranks
+    own = {
+        "questions": len(sampled) // config.group_size, "sampled": len(sampled), "kept": len(kept),
+        "dead_groups": sum(len(r.unique()) == 1 for r in rewards.split(config.group_size)),
+        "refill_rounds": rounds,
         "sampled_tokens": sum(len(c.token_ids) for c in sampled),
         "trained_tokens": sum(len(c.token_ids) for c in kept),
+        "reward": sum(c.reward for c in sampled),
+        "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
+        "format": sum(c.format_reward for c in sampled),
+        "truncated": sum(c.truncated for c in sampled),
+        "abs_advantage_kept": sum(abs(c.advantage) for c in kept),
+        "entropy": -sum(sum(c.log_probs) for c in sampled),  # the mean of -log p estimates it
+        **row_sums,
     }  # fmt: skip
-    sums = {  # the outer key is the count that divides them
-        "sampled": {
-            "reward": sum(c.reward for c in sampled),
-            "accuracy": sum(c.accuracy_reward >= 1.5 for c in sampled),
-            "format": sum(c.format_reward for c in sampled),
-            "truncated": sum(c.truncated for c in sampled),
-            "completion_tokens": counts["sampled_tokens"],
-        },
-        "kept": {
-            "abs_advantage_kept": sum(abs(c.advantage) for c in kept),
-            **{name: row_sums[name] for name in ("loss", "kl", "clip_fraction", "sampling_gap")},
-        },
-        # The mean of -log p over sampled tokens estimates the entropy of the next token.
-        "sampled_tokens": {"entropy": -sum(sum(c.log_probs) for c in sampled)},
-    }
-    everyone = over_ranks((counts, sums))
-    metrics = {name: sum(each[name] for each, _ in everyone) for name in counts}
-    for count, names in sums.items():
-        for name in names:
-            total = sum(each[count][name] for _, each in everyone)
-            metrics[name] = total / metrics[count] if metrics[count] else None
-    metrics["grad_norm"] = row_sums["grad_norm"] if metrics["kept"] else None
+    metrics = Counter()
+    for each in over_ranks(own):
+        metrics.update(each)  # adds
+
+    metrics["completion_tokens"] = metrics["sampled_tokens"] / metrics["sampled"]
+    metrics["entropy"] /= metrics["sampled_tokens"]
+    for name in ("reward", "accuracy", "format", "truncated"):
+        metrics[name] /= metrics["sampled"]
+    for name in ("abs_advantage_kept", "loss", "kl", "clip_fraction", "sampling_gap"):
+        metrics[name] = metrics[name] / metrics["kept"] if metrics["kept"] else None
+    metrics["grad_norm"] = row_sums["grad_norm"] if metrics["kept"] else None  # all ranks share it
     if torch.cuda.is_available():
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return metrics
+    return dict(metrics)
 
 
 def append_metrics(folder, record):
@@ -1104,8 +1088,7 @@ def save_checkpoint(folder, learner, tokenizer, state):
         shutil.rmtree(old, ignore_errors=True)  # perhaps another rank was faster
     with blame(f"{path} cannot be written, the one before it stays"):
         unfinished.mkdir(exist_ok=True)
-        # Each rank writes the AdamW in its ZeroRedundancyOptimizer, `optim`, with its share of the
-        # moments. ZeRO would take minutes to gather them: it sends them number by number.
+        # Each rank writes its share, the AdamW inside ZeRO's: to gather them would take minutes.
         moments = getattr(learner.optimizer, "optim", learner.optimizer).state_dict()
         torch.save(moments, unfinished / f"optimizer-{RANK}.pt")
         over_ranks(None)  # from here on all have written theirs
@@ -1125,7 +1108,7 @@ def load_state(config):
     """The newest checkpoint and its state, if it is to go on; or None, and a new run's state."""
     settings = asdict(config) | {"ranks": WORLD_SIZE}
     checkpoints = find_checkpoints(Path(config.output_dir))
-    if config.eval_only or not config.resume or not checkpoints:
+    if config.eval_only or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
         return None, {"step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
@@ -1140,26 +1123,23 @@ def load_state(config):
     return checkpoints[-1], state
 
 
-@contextlib.contextmanager
-def hold_folder(folder, checkpoint: Path | None, metrics, config):
-    """Cuts the folder's metrics back to the checkpoint's, as later steps are done again, and keeps
-    other processes out while its block runs. Raises UserError."""
+def lock_folder(folder, checkpoint: Path | None, metrics, config):
+    """Cuts the folder's metrics back to the checkpoint's, as later steps are done again. Returns a
+    lock that keeps other processes out until it is closed. Raises UserError."""
     if RANK > 0:
-        yield
-        return
+        return contextlib.nullcontext()
     with blame(f"--output_dir {folder} cannot be written", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "a")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process dies
-        except BlockingIOError:
-            raise UserError(f"--output_dir {folder} is in use by another process") from None
-        if (find_checkpoints(folder) or [None])[-1] != checkpoint:
-            raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
-        (folder / "metrics.jsonl").write_text(metrics)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when the process dies
+    except BlockingIOError:
+        raise UserError(f"--output_dir {folder} is in use by another process") from None
+    if (find_checkpoints(folder) or [None])[-1] != checkpoint:
+        raise UserError(f"--output_dir {folder} has changed meanwhile: give the command again")
+    (folder / "metrics.jsonl").write_text(metrics)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    return lock
 
 
 # --- A run ----------------------------------------------------------------------------------------
@@ -1181,8 +1161,7 @@ def set_up(config):
     loaded, test_questions = load_questions(config)
     texts = repr([(q.prompt, q.answer) for q in loaded + test_questions])
     questions_hash = hashlib.sha256(texts.encode()).hexdigest()
-    before = state.setdefault("questions_hash", questions_hash)  # a new run has none yet
-    if before != questions_hash:
+    if state.setdefault("questions_hash", questions_hash) != questions_hash:  # a new run has none
         raise UserError("--resume: the questions are not those that the run began with")
 
     torch.manual_seed(config.seed)  # of the tiny model's weights
@@ -1198,10 +1177,9 @@ def set_up(config):
         raise UserError(f"{len(questions)} training questions are too few, {left_out}")
     if config.warm_start_steps and not all(q.demonstration for q in questions):
         raise UserError("--warm_start_steps must be 0: there are questions without demonstration")
+    model.to(device)
     check_fit(model, tokenizer, questions + test_questions, config)
     say(f"cppo: {config.task}, {WORLD_SIZE} rank(s), {device.type}, {config.dtype}; {left_out}")
-    model.to(device)
-    check_sampler(model, (questions + test_questions)[0].prompt_ids, config)
     return Run(folder, checkpoint, state, model, tokenizer, questions, test_questions)
 
 
@@ -1225,7 +1203,7 @@ def make_learner(run, policy, num_updates, config):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
-    if WORLD_SIZE > 1:  # zeros: DDP moves gradients into its buckets at the first exchange
+    if WORLD_SIZE > 1:  # with zeros: until DDP's first exchange gradients would be held twice
         accumulate_gradient(learner, [], 1, config)
     return learner
 
@@ -1253,9 +1231,9 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # buffers, RoPE's frequencies, never change and need no broadcast
+    if WORLD_SIZE > 1:  # buffers, RoPE's frequencies, never change and need no broadcast_buffers
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
-    with hold_folder(run.folder, run.checkpoint, state.pop("metrics"), config):
+    with lock_folder(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
         say(f"cppo: {last} steps, each with {per_step} questions; G = {G}, k = {k}")
         stream = question_stream(questions, config.seed)
@@ -1296,8 +1274,7 @@ def main():
     # Without expandable segments the cache's growth breaks a GPU's memory into small pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if sys.platform == "linux" and not torch.cuda.is_available():
-        # Else glibc gives freed tensors back to the kernel, which wipes each new page: 8% of the
-        # time of a model of 135M parameters.
+        # Else glibc returns freed tensors to the kernel, which wipes each new page: 8% of the time.
         for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
     parser = transformers.HfArgumentParser(  # without usage an error is one line
