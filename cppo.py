@@ -125,8 +125,7 @@ def blame(what, kind=Exception):
 
 # --- Configuration: one field is one flag ---------------------------------------------------------
 def flag(default, text, interval=None):
-    """A field of Config, which HfArgumentParser makes a flag. A number must lie in the interval,
-    which --help shows."""
+    """A field of Config, hence a flag. A number must lie in the interval, which --help shows."""
     return field(default=default, metadata={"help": text, "metavar": interval})
 
 
@@ -294,14 +293,12 @@ class RoomyLayer(DynamicLayer):
         """Appends keys and values, (R, heads, new, D) each; returns all there are."""
         start = self.length
         self.length += key_states.shape[2]
-        if start == 0:  # the prompts
-            return super().update(key_states, value_states)
-        if self.length > self.keys.shape[2]:
-            spare = max(32, self.length // 4)
-            self.keys = F.pad(self.keys, (0, 0, 0, spare))
-            self.values = F.pad(self.values, (0, 0, 0, spare))
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
+        if start == super().get_seq_length():  # no column is spare: more come with the new ones
+            spare = (0, 0, 0, max(32, self.length // 4))
+            super().update(F.pad(key_states, spare), F.pad(value_states, spare))
+        else:
+            self.keys[:, :, start : self.length] = key_states
+            self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
@@ -359,11 +356,8 @@ def sample_completions(model, prompts, group_size, max_tokens, temperature, eos_
 
 # --- Rewards --------------------------------------------------------------------------------------
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-NUMBER = re.compile(  # no + or * stands inside another: linear time on any text
-    r"((?:[+-]?\$?|\$[+-])"  # -$ or $-
-    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+))"  # 1,234.50 or 1234. or .5
-    r"%?\.?"
-)
+# -$1,234.50 or $-1234. or .5%; no + or * stands inside another, so that time is linear on any text.
+NUMBER = re.compile(r"(([+-]?\$?|\$[+-])((\d{1,3}(,\d{3})+|\d+)(\.\d*)?|\.\d+))%?\.?", re.ASCII)
 
 
 def extract_answer(text):
@@ -380,23 +374,18 @@ def format_reward(text):
     return float(once and bool(re.fullmatch(form, text, re.DOTALL)))
 
 
-def same_number(given, answer):
-    """Whether both are one number, exactly; commas, $, % and a full stop left aside."""
-    matches = [NUMBER.fullmatch(x.replace("\N{MINUS SIGN}", "-")) for x in (given, answer)]
-    if not all(matches):
-        return False
-    first, second = (Decimal(re.sub("[$,]", "", match[1])) for match in matches)
-    return first == second
+def number(text):
+    """The number that a text is, exactly; commas, $, % and a full stop left aside. Else nan."""
+    match = NUMBER.fullmatch(text.replace("\N{MINUS SIGN}", "-"))
+    return Decimal(re.sub("[$,]", "", match[1]) if match else "nan")  # nan equals nothing
 
 
 def accuracy_reward(text, answer):
     """A task's usual reward: 2 if right to the letter, 1.5 if it is the same number, else 0."""
-    given = extract_answer(text)
-    if not given:
-        return 0.0  # no answer is never right
-    if given == answer:
+    given = extract_answer(text) or ""
+    if given and given == answer:  # no answer is never right
         return 2.0
-    return 1.5 if same_number(given, answer) else 0.0
+    return 1.5 if number(given) == number(answer) else 0.0
 
 
 def task_reward(text, answer, task):
@@ -413,20 +402,20 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
     at_once = min(MAX_PROMPTS, config.sample_batch // group_size)
     completions = []
     for start in range(0, len(questions), at_once):
-        chunk = questions[start : start + at_once]
-        sampled = sample_completions(
-            model, [q.prompt_ids for q in chunk], group_size, config.max_completion_tokens,
+        prompts = [q.prompt_ids for q in questions[start : start + at_once]]
+        completions += sample_completions(
+            model, prompts, group_size, config.max_completion_tokens,
             temperature, model.generation_config.eos_token_id, top_p,
         )  # fmt: skip
-        for i, c in enumerate(sampled):
-            question = chunk[i // group_size]
-            # All that the model wrote is scored, special tokens too: the tags may be such.
-            ids = c.token_ids if c.truncated else c.token_ids[:-1]
-            c.text = question.opening + tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-            c.answer = question.answer
-            c.format_reward = format_reward(c.text)
-            c.accuracy_reward = task_reward(c.text, c.answer, config.task)
-        completions += sampled
+
+    for i, c in enumerate(completions):
+        question = questions[i // group_size]
+        # All that the model wrote is scored, special tokens too: the tags may be such.
+        ids = c.token_ids if c.truncated else c.token_ids[:-1]
+        c.text = question.opening + tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        c.answer = question.answer
+        c.format_reward = format_reward(c.text)
+        c.accuracy_reward = task_reward(c.text, c.answer, config.task)
     return completions
 
 
@@ -443,10 +432,8 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
     equal ones the first; then those with |A| < gamma are dropped. The largest |A|, not A: what is
     far below the mean of its group pulls as hard as what is far above it."""
     abs_QG = advantages_QG.abs()
-    if by == "random":
-        score_QG = torch.rand_like(abs_QG)
-    else:
-        score_QG = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}[by]
+    scores = {"abs_advantage": abs_QG, "advantage": advantages_QG, "smallest": -abs_QG}
+    score_QG = torch.rand_like(abs_QG) if by == "random" else scores[by]
     # The sort is stable; topk would leave it open which of equal ones come first.
     best_first = score_QG.argsort(dim=1, descending=True, stable=True)  # (Q, G) indices
     place_QG = best_first.argsort(dim=1)  # (Q, G) the inverse: each one's place, from 0
@@ -517,13 +504,11 @@ def make_batch(rows: list[Completion], device="cpu") -> Batch:
 def pack(rows: list[Completion], tokens_per_microbatch):
     """Splits rows into micro-batches of at most so many tokens, padding included; longest first."""
     packs = []
-    room = 0  # rows that the last pack may still take
-    for row in sorted(rows, key=lambda row: row.num_tokens, reverse=True):  # so little is padding
-        if room < 1:
-            packs.append([])
-            room = max(1, tokens_per_microbatch // row.num_tokens)  # too long a row goes alone
-        packs[-1].append(row)
-        room -= 1
+    rest = sorted(rows, key=lambda row: row.num_tokens, reverse=True)  # so little is padding
+    while rest:
+        fit = max(1, tokens_per_microbatch // rest[0].num_tokens)  # too long a row goes alone
+        packs.append(rest[:fit])
+        rest = rest[fit:]
     return packs
 
 
@@ -600,8 +585,7 @@ def accumulate_gradient(learner, batches, N, config):
         (losses.sum() * WORLD_SIZE / N).backward()
 
         gap = (batch.old_log_probs - batch.sampled_log_probs).abs()  # (B, C)
-        statistics["loss"] = losses.detach()
-        statistics["sampling_gap"] = token_mean(gap, batch.mask)
+        statistics |= {"loss": losses, "sampling_gap": token_mean(gap, batch.mask)}
         for name, value in statistics.items():
             sums[name] += value.sum().item()
 
@@ -662,8 +646,7 @@ def cppo_step(learner, tokenizer, stream, config):
     collected = time.perf_counter()
 
     row_sums = update(learner, kept, N, config)
-    # This rounds to the sampler's dtype. In float32 the two are one, and nothing changes.
-    learner.sampler.load_state_dict(learner.model.state_dict())
+    learner.sampler.load_state_dict(learner.model.state_dict())  # rounds, if it is in bfloat16
     end = time.perf_counter()
 
     metrics = step_metrics(kept, sampled, rounds, row_sums, config)
