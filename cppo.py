@@ -422,7 +422,7 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
 # --- Advantages and pruning -----------------------------------------------------------------------
 def group_advantages(rewards_QG):
     """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G).
-    In a dead group all rewards are equal, so that every A is 0: only the KL term is left."""
+    In a dead group all rewards are equal, so that every A is 0: the KL term alone trains its rows."""
     std, mean = torch.std_mean(rewards_QG, dim=1, keepdim=True)  # (Q, 1) each; std is over G - 1
     return (rewards_QG - mean) / (std + 1e-4)
 
@@ -726,10 +726,12 @@ def table_questions(system, form, source, split):
             text = cell_text(row, i, "question") or cell_text(row, i, "problem")
             answer, solution = cell_text(row, i, "answer"), cell_text(row, i, "solution")
             whole = solution or answer
-            think, marks, final = whole.rpartition("####")  # GSM8K: "steps #### 72"
-            if not marks and (solution or boxed(whole)):  # MATH: "steps \boxed{72}"
+            if "####" in whole:  # GSM8K: "steps #### 72"
+                think, _, final = whole.rpartition("####")
+            elif solution or boxed(whole):  # MATH: "steps \boxed{72}"
                 think, final = whole, boxed(whole) or ""
-            # An `answer` with neither is the answer alone: `think` is empty, and `final` all of it.
+            else:  # the answer alone
+                think, final = "", whole
             if not (solution and answer):  # MATH-500 has both: its answer stays as it is
                 answer = final.strip()
             if not (text and answer):
