@@ -293,7 +293,7 @@ class RoomyLayer(DynamicLayer):
         """Appends keys and values, (R, heads, new, D) each; returns all there are."""
         start = self.length
         self.length += key_states.shape[2]
-        if start == super().get_seq_length():  # no column is spare: more come with the new ones
+        if start == super().get_seq_length():  # all columns are in use: with the new one come more
             spare = (0, 0, 0, max(32, self.length // 4))
             super().update(F.pad(key_states, spare), F.pad(value_states, spare))
         else:
@@ -422,7 +422,7 @@ def rollout(model, tokenizer, questions, config, group_size, temperature, top_p=
 # --- Advantages and pruning -----------------------------------------------------------------------
 def group_advantages(rewards_QG):
     """A = (r - mean) / (std + 1e-4) within each question's G completions (eq. 1): (Q, G).
-    In a dead group all rewards are equal, so that every A is 0: the KL term alone trains its rows."""
+    In a dead group all rewards are equal, so that every A is 0: KL alone trains its rows."""
     std, mean = torch.std_mean(rewards_QG, dim=1, keepdim=True)  # (Q, 1) each; std is over G - 1
     return (rewards_QG - mean) / (std + 1e-4)
 
@@ -444,8 +444,8 @@ def prune(advantages_QG, num_kept, gamma=0.0, by="abs_advantage"):
 def collect_batch(draw, stream, room, config):
     """Fills the `room`, the rows that this rank trains in a step, a multiple of k. The refill: the
     first round asks room / k questions, where GRPO asks room / G, and keeps k completions of each.
-    Only if gamma has dropped k rows or more do others follow, MAX_REFILL_ROUNDS in all. `draw` maps
-    Q questions to Q G scored completions. Returns the kept, all sampled, and how many rounds."""
+    Further rounds come only if gamma has dropped k rows or more, MAX_REFILL_ROUNDS in all. `draw`
+    maps Q questions to Q G scored completions. Returns the kept, all sampled, how many rounds."""
     G, k = config.group_size, config.num_kept
     kept, sampled, rounds = [], [], 0
     while room - len(kept) >= k and rounds < MAX_REFILL_ROUNDS:
@@ -514,8 +514,8 @@ def pack(rows: list[Completion], tokens_per_microbatch):
 
 def token_log_probs(model, batch, temperature):
     """log pi(o_t | q, o_<t) of completion tokens, of logits / temperature: (B, C), 0 in padding."""
-    # V is large, so only the logits that predict a completion's token are computed. In transformers
-    # 5 logits_to_keep may be a (B, T) mask: lm_head(hidden[mask]), which has M = sum_i |o_i| rows.
+    # V is large, so only the logits that predict a completion's token are computed. Beside an index
+    # transformers' slice_logits_to_keep takes a (B, T) mask: hidden[mask] has M = sum_i |o_i| rows.
     out = model(input_ids=batch.input_ids, logits_to_keep=batch.predicts, use_cache=False)
     logits = out.logits.float() / temperature  # (M, V), by far the largest tensor
     targets = batch.input_ids.roll(-1, dims=1)[batch.predicts]  # (M,) the next tokens
@@ -564,7 +564,7 @@ class Learner:
 def accumulate_gradient(learner, batches, N, config):
     """Adds up the gradient of eq. 5 over this rank's micro-batches; N is the rows of all ranks.
     Returns sums over this rank's rows: `loss`, `kl`, `clip_fraction`, and `sampling_gap`, the mean
-    |log-probability as sampled - as recomputed here|: beyond rounding, the sampler is wrong."""
+    |log-probability as sampled - as recomputed here|: more than rounding means a wrong sampler."""
     sums = Counter()
     for batch in batches:
         if WORLD_SIZE > 1:  # as no_sync(): DDP's ranks exchange once, in the last backward pass
@@ -646,7 +646,7 @@ def cppo_step(learner, tokenizer, stream, config):
     collected = time.perf_counter()
 
     row_sums = update(learner, kept, N, config)
-    learner.sampler.load_state_dict(learner.model.state_dict())  # rounds, if it is in bfloat16
+    learner.sampler.load_state_dict(learner.model.state_dict())  # in bfloat16 this rounds
     end = time.perf_counter()
 
     metrics = step_metrics(kept, sampled, rounds, row_sums, config)
@@ -891,7 +891,7 @@ def load_model_and_tokenizer(name, what):
         ids = model.generation_config.eos_token_id  # from here on a list: chat models have several
         eos_ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
         model.generation_config = transformers.GenerationConfig(eos_token_id=sorted(eos_ids))
-    return model.eval(), tokenizer  # eval: with dropout the ratio would not start at 1
+    return model.eval(), tokenizer  # eval: dropout's noise would move rho
 
 
 def check_fit(model, tokenizer, questions, config):
@@ -932,7 +932,7 @@ def copy_for(model, dtype):
 
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: up from 0
-    (so the first step moves nothing), down to 0 after num_updates, `done` of them before."""
+    (the first update moves nothing), down to 0 after num_updates, `done` of them before."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -1188,7 +1188,7 @@ def make_learner(run, policy, num_updates, config):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
-    if WORLD_SIZE > 1:  # with zeros: until DDP's first exchange gradients would be held twice
+    if WORLD_SIZE > 1:  # an exchange of zeros: before its first, DDP holds gradients beside buckets
         accumulate_gradient(learner, [], 1, config)
     return learner
 
@@ -1216,7 +1216,7 @@ def train(config):
     an_epoch = math.ceil(len(questions) / per_step)
     last = an_epoch if config.steps is None else config.steps
     policy = model
-    if WORLD_SIZE > 1:  # buffers, RoPE's frequencies, never change and need no broadcast_buffers
+    if WORLD_SIZE > 1:  # forward_sync_buffers, once broadcast_buffers: RoPE's are constant
         policy = DDP(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
     with lock_folder(run.folder, run.checkpoint, state.pop("metrics"), config):
         G, k = config.group_size, config.num_kept
