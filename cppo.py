@@ -661,7 +661,7 @@ class Task:
 
     questions: Callable  # (--train_data, "train") or (--test_data, "test") -> list of Question
     answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right if 1.5 or more
-    defaults: dict  # of flags whose default is None; RECIPE has the rest
+    defaults: dict  # of flags whose default is None; where it has none, RECIPE's
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
@@ -932,7 +932,8 @@ def copy_for(model, dtype):
 
 def make_optimizer(policy, learning_rate, num_updates, config, done=0):
     """AdamW, of whose moments each rank holds its share, and the paper's cosine schedule: up from 0
-    (the first update moves nothing), down to 0 after num_updates, `done` of them before."""
+    (then the first update moves nothing) if warmup_ratio says so, down to 0 after num_updates; it
+    goes on from `done`."""
     kind = torch.optim.AdamW
     if WORLD_SIZE > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here only: it takes a second
@@ -1018,7 +1019,7 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
-    """Counts over all ranks, and averages, None if none is kept; `row_sums` are update's."""
+    """Counts and averages over all ranks, None of none that are kept; row_sums are update's."""
     rewards = torch.tensor([c.reward for c in sampled], dtype=torch.float64)
     own = {
         "questions": len(sampled) // config.group_size, "sampled": len(sampled), "kept": len(kept),
@@ -1093,7 +1094,7 @@ def load_state(config):
     """The newest checkpoint and its state, if it is to go on; or None, and a new run's state."""
     settings = asdict(config) | {"ranks": WORLD_SIZE}
     checkpoints = find_checkpoints(Path(config.output_dir))
-    if config.eval_only or not checkpoints:
+    if config.eval_only or not config.resume or not checkpoints:
         asked = [0] * WORLD_SIZE  # questions, by each rank
         return None, {"step": 0, "asked": asked, "seconds": 0.0, "metrics": "", "config": settings}
     path = checkpoints[-1] / "trainer_state.pt"
@@ -1259,7 +1260,7 @@ def main():
     # Without expandable segments the cache's growth breaks a GPU's memory into small pieces.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if sys.platform == "linux" and not torch.cuda.is_available():
-        # Else glibc returns freed tensors to the kernel, which wipes each new page: 8% of the time.
+        # Else glibc gives freed tensors to the kernel, which wipes new pages: 8% of a 135M's time.
         for option, value in ((-1, -1), (-4, 0)):  # M_TRIM_THRESHOLD, M_MMAP_MAX
             ctypes.CDLL(None).mallopt(option, value)
     parser = transformers.HfArgumentParser(  # without usage an error is one line

@@ -262,24 +262,24 @@ PROMPTS = [[5, 0, 7], [8], [9, 10, 11, 12, 13], [8, 9]]  # ragged on purpose; 0 
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "GPT2", "Qwen3Next", "Gemma3Text"])
-@pytest.mark.parametrize(("temperature", "eos_ids"), [(1.0, [1, 2, 5]), (0.7, [0, 6, 7])])
+@pytest.mark.parametrize(("temperature", "eos_ids"), [(1.0, [2, 5]), (0.7, [0])])
 def test_the_samplers_probabilities_are_those_of_training(family, temperature, eos_ids):
     model = tiny(family)
     torch.manual_seed(0)
-    rows = cppo.sample_completions(model, PROMPTS, 6, 12, temperature, eos_ids)
+    rows = cppo.sample_completions(model, PROMPTS, 6, 40, temperature, eos_ids)
     assert [row.prompt_ids for row in rows] == [p for p in PROMPTS for _ in range(6)]
-    assert len({len(row.token_ids) for row in rows}) > 2  # rows did finish early
+    lengths = {len(row.token_ids) for row in rows}
+    assert len(lengths) > 2 and max(lengths) > 33  # rows did finish early, and the cache has grown
     batch = cppo.make_batch(rows)
     with torch.no_grad():
         log_probs = cppo.token_log_probs(model, batch, temperature)
         ratio = torch.exp(log_probs - batch.sampled_log_probs)
-    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=5e-5)
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=2e-4)
     for i, row in enumerate(rows):
         *before, last = row.token_ids
         assert row.truncated == (last not in eos_ids) and not {*before} & {*eos_ids}
-        alone = naive_log_probs(model, row, temperature)
-        # So do those of a forward pass of the row alone, without padding.
-        torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=5e-5)
+        alone = naive_log_probs(model, row, temperature)  # by a forward pass of the row alone
+        torch.testing.assert_close(log_probs[i, : len(alone)], alone, rtol=0, atol=2e-4)
 
 
 def test_completions_come_question_major_scored_by_their_own_question_in_any_chunks(monkeypatch):
