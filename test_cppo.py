@@ -620,16 +620,16 @@ def test_the_readmes_group_worked_by_hand():
 
 def test_a_steps_numbers_by_hand(monkeypatch):
     settings = config(group_size=4, pruning_rate=0.75)
-    draw = fake_draw(lambda i: [[0, 0, 0, 2], [2, 2, 2, 2]][i])
-    rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 2, settings)
+    draw = fake_draw(lambda i: [[1.5, 1.5, 1.5, 0], [2, 2, 2, 2], [0, 0, 0, 0]][i])
+    rows, sampled, rounds = cppo.collect_batch(draw, itertools.count(), 3, settings)
     row_sums = Counter(loss=4.0, kl=1.0, clip_fraction=0.5, sampling_gap=0.25, grad_norm=3.0)
-    counts = {"questions": 2, "sampled": 8, "kept": 2, "dead_groups": 1, "refill_rounds": 1,
-              "sampled_tokens": 16, "trained_tokens": 4}  # fmt: skip
-    # the lone 2: mean 1/2, std 1, |A| = 1.5, the rest 0.5; the group of equal rewards has A = 0
+    counts = {"questions": 3, "sampled": 12, "kept": 3, "dead_groups": 2, "refill_rounds": 1,
+              "sampled_tokens": 24, "trained_tokens": 6}  # fmt: skip
+    # the lone 0: mean 1.125, std 0.75, A = -1.5; in the groups of equal rewards A = 0
     averages = {
-        "reward": 10 / 8, "accuracy": 5 / 8, "format": 0, "truncated": 0, "completion_tokens": 2,
-        "abs_advantage_kept": pytest.approx(1.5 / 2, abs=1e-3), "loss": 4 / 2, "kl": 1 / 2,
-        "clip_fraction": 0.5 / 2, "sampling_gap": 0.25 / 2, "grad_norm": 3, "entropy": 0.75,
+        "reward": 12.5 / 12, "accuracy": 7 / 12, "format": 0, "truncated": 0, "kl": 1 / 3,
+        "abs_advantage_kept": pytest.approx(1.5 / 3, abs=1e-3), "loss": 4 / 3, "completion_tokens": 2,
+        "clip_fraction": 0.5 / 3, "sampling_gap": 0.25 / 3, "grad_norm": 3, "entropy": 0.75,
     }  # fmt: skip
     assert cppo.step_metrics(rows, sampled, rounds, row_sums, settings) == counts | averages
     nothing = cppo.step_metrics([], sampled, 4, Counter(grad_norm=0.0), settings)
@@ -737,22 +737,22 @@ def test_questions_load_from_any_kind_of_file(kind, tmp_path):
     questions = cppo.TASKS["gsm8k"].questions(file, "train")
     assert questions[0].prompt[1] == {"role": "user", "content": "How many?"}
     assert [q.answer for q in questions] == ["72", "1,234", "0"]
-    think = "<think>48/2 = 24 clips.\n24+48 = 72.</think>"
-    assert questions[0].demonstration == think + "\n<answer>72</answer>"
+    assert questions[0].demonstration.startswith("<think>48/2 = 24 clips.\n24+48 = 72.</think>\n")
+    assert questions[2].demonstration == "<think></think>\n<answer>0</answer>"
 
 
 def test_math_questions_take_the_answer_or_what_the_solution_boxes(tmp_path):
     tables = {
         "1": {"problem": "a", "solution": r"So $\boxed{9}$.", "answer": "1"},
         r"\frac{1}{2}": {"problem": "a", "solution": r"$\boxed{2}, \boxed{\frac{1}{2}}$"},
-        "27": {"question": "a", "answer": 27},
+        "27": {"question": "a", "answer": r"Thus $\boxed{27}$."},
+        "8": {"question": "a", "solution": "2 + 6\n#### 8"},
     }
     for answer, row in tables.items():
         (tmp_path / "data.jsonl").write_text(json.dumps(row))
         (question,) = cppo.TASKS["math"].questions(str(tmp_path / "data.jsonl"), "test")
-        assert question.answer == answer and question.prompt[1]["content"] == "a"
-        assert cppo.boxed(question.demonstration) == answer
-        assert cppo.format_reward(question.demonstration) == 1
+        assert question.answer == cppo.boxed(question.demonstration) == answer
+        assert question.prompt[1]["content"] == "a" and cppo.format_reward(question.demonstration)
     assert "final answer is: $\\boxed{ANSWER}$. I hope" in question.prompt[0]["content"]
 
 
