@@ -627,8 +627,8 @@ def test_a_steps_numbers_by_hand(monkeypatch):
               "sampled_tokens": 24, "trained_tokens": 6}  # fmt: skip
     # the lone 0: mean 1.125, std 0.75, A = -1.5; in the groups of equal rewards A = 0
     averages = {
-        "reward": 12.5 / 12, "accuracy": 7 / 12, "format": 0, "truncated": 0, "kl": 1 / 3,
-        "abs_advantage_kept": pytest.approx(1.5 / 3, abs=1e-3), "loss": 4 / 3, "completion_tokens": 2,
+        "reward": 12.5 / 12, "accuracy": 7 / 12, "format": 0, "truncated": 0, "loss": 4 / 3,
+        "abs_advantage_kept": pytest.approx(1.5 / 3, abs=1e-3), "completion_tokens": 2, "kl": 1 / 3,
         "clip_fraction": 0.5 / 3, "sampling_gap": 0.25 / 3, "grad_norm": 3, "entropy": 0.75,
     }  # fmt: skip
     assert cppo.step_metrics(rows, sampled, rounds, row_sums, settings) == counts | averages
