@@ -268,8 +268,7 @@ def test_the_samplers_probabilities_are_those_of_training(family, temperature, e
     torch.manual_seed(0)
     rows = cppo.sample_completions(model, PROMPTS, 6, 40, temperature, eos_ids)
     assert [row.prompt_ids for row in rows] == [p for p in PROMPTS for _ in range(6)]
-    lengths = {len(row.token_ids) for row in rows}
-    assert len(lengths) > 2 and max(lengths) > 33  # rows did finish early, and the cache has grown
+    assert {len(row.token_ids) > 33 for row in rows} == {True, False}  # the longer grew the cache
     batch = cppo.make_batch(rows)
     with torch.no_grad():
         log_probs = cppo.token_log_probs(model, batch, temperature)
@@ -722,9 +721,10 @@ def test_a_step_copies_the_policy_rounded_to_the_sampler_not_to_the_reference(dt
 # --- Tasks ----------------------------------------------------------------------------------------
 def test_no_test_sum_is_a_training_sum_not_even_turned_round():
     train, test = (cppo.arithmetic_questions(None, split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (2560, 512)
-    assert len({frozenset(q.prompt[:-1].split("+")) for q in train + test}) == 2560 + 512
+    assert len({frozenset(q.prompt[:-1].split("+")) for q in train + test}) == len(train) + 512
     assert all(int(q.prompt[:2]) + int(q.prompt[3:5]) == int(q.answer) for q in train + test)
+    tens_end_the_steps = r"=(\d+)</think>\n<answer>\1\d</answer>"
+    assert all(re.search(tens_end_the_steps, q.demonstration) for q in train)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
