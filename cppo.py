@@ -661,13 +661,13 @@ class Task:
 
     questions: Callable  # (--train_data, "train") or (--test_data, "test") -> list of Question
     answer_reward: Callable  # (completion's text, answer) -> 0 to 2, right if 1.5 or more
-    defaults: dict  # of flags whose default is None; where it has none, RECIPE's
+    defaults: dict  # of flags whose default is None; RECIPE has those that it leaves out
 
 
 # --- Tasks and questions --------------------------------------------------------------------------
 def arithmetic_questions(source, split):
     """2,560 or, to test, 512 sums like `37+58=`; no test sum is a training sum, nor one swapped.
-    The teacher of the demonstrations forgets to carry 7 times out of 10; CPPO has to find out."""
+    The teacher of the demonstrations forgets 7 of 10 carries; CPPO has to find them."""
     if source:
         raise UserError("--task arithmetic makes its own questions: drop the data files")
     rng = random.Random(0)  # the same sums for every seed
