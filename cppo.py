@@ -1019,7 +1019,7 @@ def evaluate(model, tokenizer, questions: list[Question], config):
 
 # --- What a run writes ----------------------------------------------------------------------------
 def step_metrics(kept, sampled, rounds, row_sums, config):
-    """Counts and averages over all ranks, None of none that are kept; row_sums are update's."""
+    """Counts and averages over all ranks (of no kept rows: None); row_sums are update's."""
     rewards = torch.tensor([c.reward for c in sampled], dtype=torch.float64)
     own = {
         "questions": len(sampled) // config.group_size, "sampled": len(sampled), "kept": len(kept),
@@ -1189,7 +1189,7 @@ def make_learner(run, policy, num_updates, config):
             moments = torch.load(path, "cpu", weights_only=True)
             getattr(optimizer, "optim", optimizer).load_state_dict(moments)
     learner = Learner(model, policy, sampler, reference, optimizer, scheduler)
-    if WORLD_SIZE > 1:  # an exchange of zeros: before its first, DDP holds gradients beside buckets
+    if WORLD_SIZE > 1:  # zeros: until a first exchange DDP holds gradients beside its buckets
         accumulate_gradient(learner, [], 1, config)
     return learner
 
